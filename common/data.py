@@ -1,0 +1,158 @@
+"""Problems with answers: the embedded arithmetic, a local .jsonl/.json/.parquet, or a hub dataset -> rows {"problem", "answer"}.
+
+Columns are recognised by name; what was taken is printed with the first pair, what had to be dropped is counted.
+"""
+import json
+import pathlib
+import random
+
+from common import verify
+from common.arithmetic import arithmetic_problems
+from common.errors import BadInput
+
+PROBLEM_COLUMNS = ("problem", "question", "prompt", "query")
+ANSWER_COLUMNS = ("answer", "final_answer", "reward_model", "ground_truth", "expected_answer", "solution")
+
+
+def read_rows(name: str, split: str) -> list[dict]:
+    """A local file's or a hub dataset's rows as they are. `owner/set:config` names a hub configuration. Raises BadInput."""
+    path = pathlib.Path(name)
+    if path.suffix in (".jsonl", ".json", ".parquet"):
+        if not path.is_file():
+            raise BadInput(f"--data {name}: no such file")
+        if path.suffix == ".parquet":
+            from datasets import Dataset  # slow to import and only needed here and for the hub
+            return Dataset.from_parquet(str(path), keep_in_memory=True).to_list()
+        text = path.read_text(encoding="utf-8")
+        try:
+            rows = json.loads(text) if path.suffix == ".json" and text.lstrip()[:1] == "[" else [
+                json.loads(line) for line in text.split("\n") if line.strip()]  # splitlines would also cut at U+2028 inside a string
+        except json.JSONDecodeError as error:
+            raise BadInput(f"--data {name}: not JSON, {error}") from error
+        if not all(isinstance(row, dict) for row in rows):
+            raise BadInput(f"--data {name}: every row must be an object with a problem and an answer")
+        return rows
+    if path.exists() or name.count("/") != 1:
+        raise BadInput(f"--data {name}: give arithmetic, a .jsonl/.json/.parquet file, or a hub id such as openai/gsm8k:main")
+    from datasets import load_dataset
+    hub_id, _, config = name.partition(":")
+    try:
+        return load_dataset(hub_id, config or None, split=split).to_list()
+    except (OSError, ValueError, RuntimeError) as error:  # datasets' own errors for a missing set, config or split, or no network
+        raise BadInput(f"--data {name} (split {split}): {str(error).splitlines()[0][:300]}") from error
+
+
+def pick_column(row: dict, wanted: str | None, known: tuple[str, ...], flag: str) -> str:
+    """The column to use: the one asked for, else the first known one, whatever its capitals."""
+    by_lower = {name.lower(): name for name in row}
+    for name in [wanted.lower()] if wanted else known:
+        if name in by_lower:
+            return by_lower[name]
+    raise BadInput(f"no {wanted or ' / '.join(known)} column, the data has: {', '.join(row)} (choose one with {flag})")
+
+
+def gold_answer(value) -> str:
+    """The final answer inside an answer or solution cell: after ####, inside the last box, a reward_model's ground_truth, or all of it."""
+    if isinstance(value, dict):
+        value = value.get("ground_truth", "")
+    if isinstance(value, (list, tuple)):
+        value = value[0] if len(value) == 1 else ""
+    text = "" if value is None else str(value)
+    if "####" in text:
+        return text.rsplit("####", 1)[1].strip()
+    boxed = verify.extract_answer(text) if "\\boxed" in text or "\\fbox" in text else None
+    return boxed if boxed is not None else text.strip()
+
+
+def load_problems(name: str, split: str = "train", prompt_column: str | None = None, answer_column: str | None = None,
+                  held_out: bool = False, seed: int = 0, count: int | None = None) -> list[dict]:
+    """-> rows {"problem": text or chat messages, "answer": text}, each problem once; `count` of them, drawn by the seed.
+
+    held_out takes the evaluation half of `arithmetic`; for other data it only picks what is printed. Raises BadInput when
+    nothing usable is left.
+    """
+    if name == "arithmetic":
+        return arithmetic_problems(count or 4096, held_out, seed)
+    rows = read_rows(name, split)
+    if not rows:
+        raise BadInput(f"--data {name}: no rows")
+    problem_key = pick_column(rows[0], prompt_column, PROBLEM_COLUMNS, "--prompt-column")
+    answer_key = pick_column(rows[0], answer_column, ANSWER_COLUMNS, "--answer-column")
+    kept, dropped = {}, 0
+    for row in rows:
+        problem, answer = row.get(problem_key), gold_answer(row.get(answer_key))
+        if problem and verify.parses(answer):
+            kept.setdefault(json.dumps(problem), {"problem": problem, "answer": answer})
+        else:
+            dropped += 1
+    print(f"data: {name}: problem from {problem_key!r}, answer from {answer_key!r}; {len(rows)} rows, {dropped} dropped "
+          f"(no problem, or an answer that cannot be compared), {len(rows) - dropped - len(kept)} repeated")
+    if not kept:
+        raise BadInput(f"--data {name}: no row has both a problem in {problem_key!r} and a usable answer in {answer_key!r}")
+    kept = list(kept.values())
+    random.Random(f"order {seed}").shuffle(kept)
+    print(f"      first pair: {str(kept[0]['problem'])[:160]!r} -> {kept[0]['answer']!r}")
+    return kept[:count]
+
+
+def load_train_and_eval(cfg) -> tuple[list[dict], list[dict]]:
+    """The training and the evaluation problems of a run (cfg: its flags); no problem is in both.
+
+    Without --eval-data, `arithmetic` has a half of its own for evaluation, and from other data --eval-problems rows, at most
+    a fifth, are set aside before training.
+    """
+    columns = dict(prompt_column=cfg.prompt_column, answer_column=cfg.answer_column)
+    train = load_problems(cfg.data, cfg.split, seed=cfg.seed, **columns)
+    if cfg.eval_data or cfg.data == "arithmetic":
+        eval_data = cfg.eval_data or "arithmetic"
+        held_out = load_problems(eval_data, cfg.eval_split, held_out=True, count=cfg.eval_problems, **columns) if cfg.eval_problems else []
+        seen = {json.dumps(row["problem"]) for row in held_out}
+        train = [row for row in train if json.dumps(row["problem"]) not in seen]
+    else:
+        size = min(cfg.eval_problems, len(train) // 5)
+        held_out, train = train[:size], train[size:]
+    if not train:
+        raise BadInput(f"--data {cfg.data}: nothing left to train on after the evaluation problems were set aside")
+    return train, held_out
+
+
+def batch_of(rows: list, step: int, size: int, seed: int) -> list:
+    """The `size` rows of step 0, 1, 2, ...: consecutive pieces of one shuffled pass over the data after another.
+
+    Depends on its arguments alone, so a resumed run goes on where the data stood.
+    """
+    batch, orders = [], {}
+    for position in range(step * size, (step + 1) * size):
+        epoch, place = divmod(position, len(rows))
+        if epoch not in orders:
+            orders[epoch] = random.Random(f"pass {seed} {epoch}").sample(range(len(rows)), len(rows))
+        batch.append(rows[orders[epoch][place]])
+    return batch
+
+
+def encode_prompt(tokenizer, problem: str | list[dict], system: str = "", thinking: bool = False) -> list[int]:
+    """A problem (text, or a list of chat messages, then used as it is) -> token ids up to where the assistant begins to write.
+
+    The chat template decides about special tokens, once: no second start token. Templates that know `enable_thinking`
+    (Qwen3's) are told; without thinking they open the answer with an empty think block. A tokenizer without a template gets
+    the plain text.
+    """
+    messages = problem if isinstance(problem, list) else [{"role": "user", "content": str(problem)}]
+    if system and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system}, *messages]
+    if tokenizer.chat_template is None:
+        return tokenizer("\n".join(m["content"] for m in messages) + "\n")["input_ids"]
+    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True,
+                                            enable_thinking=thinking)
+    return list(encoded["input_ids"])
+
+
+def encode_prompts(tokenizer, rows: list[dict], system: str, thinking: bool, longest: int) -> list[dict]:
+    """Adds "prompt", the token ids, to every row; drops rows whose prompt is longer than `longest` tokens, with a count."""
+    encoded = [{**row, "prompt": encode_prompt(tokenizer, row["problem"], system, thinking)} for row in rows]
+    kept = [row for row in encoded if len(row["prompt"]) <= longest]
+    if len(kept) < len(encoded):
+        print(f"data: {len(encoded) - len(kept)} of {len(encoded)} prompts are longer than {longest} tokens and were dropped")
+    if encoded and not kept:
+        raise BadInput(f"every prompt is longer than {longest} tokens, what the model's context leaves beside --max-new-tokens")
+    return kept

@@ -1,0 +1,104 @@
+"""How good is a model: Avg@k with its standard error, and unbiased Pass@1..k, on problems with answers.
+
+    python -m common.evaluate --model tiny                                          # the embedded model on held-out arithmetic
+    python -m common.evaluate --model runs/bupo --data problems.jsonl --k 16 --output answers.jsonl
+
+Avg@k is the mean over problems of the share of k sampled answers that are right; its standard error is over problems.
+Pass@j estimates the chance that at least one of j answers is right. One row a problem goes to --output, answers and all.
+"""
+import json
+import math
+import pathlib
+import statistics
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from common.data import encode_prompts, load_problems
+from common.errors import BadInput
+from common.flags import BOXED, exit_on_bad_input, flag, parse_flags
+from common.models import causal_lm, load_model, load_tokenizer
+from common.sampling import sample
+from common.verify import reward
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Chance that k answers drawn without replacement from n, of which c are right, hold a right one: 1 - C(n-c, k) / C(n, k).
+
+    Unbiased for Pass@k (Chen et al. 2021). ValueError unless 0 <= c <= n and 1 <= k <= n.
+    """
+    if not (0 <= c <= n and 1 <= k <= n):
+        raise ValueError(f"pass_at_k: need 0 <= c <= n and 1 <= k <= n, got {n=}, {c=}, {k=}")
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def evaluate(model, tokenizer, rows: list[dict], k: int, max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0,
+             seed: int = 0, label: str = "evaluate") -> dict:
+    """rows: {"prompt": ids, "problem", "answer"}. -> avg_at_k, standard_error, pass_at ({1: .., k: ..}), length (tokens),
+    truncated (share), answers (a row a problem: problem, answer, responses, correct)."""
+    answers, lengths, finished = [], [], []
+    for start in tqdm(range(0, len(rows), 64), desc=label, unit="batch", leave=False):
+        batch = rows[start:start + 64]
+        rollout = sample(model, tokenizer, [row["prompt"] for row in batch], k, max_new_tokens, temperature, top_p,
+                         seed=seed + start)
+        lengths += rollout.lengths.tolist()
+        finished += rollout.finished.tolist()
+        for i, row in enumerate(batch):
+            texts = rollout.texts[i * k:(i + 1) * k]
+            answers.append({"problem": row["problem"], "answer": row["answer"], "responses": texts,
+                            "correct": [int(reward(text, row["answer"])) for text in texts]})
+    means = [sum(row["correct"]) / k for row in answers]
+    return {"avg_at_k": statistics.fmean(means), "k": k, "problems": len(rows),
+            "standard_error": statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else float("nan"),
+            "pass_at": {j: statistics.fmean(pass_at_k(k, sum(row["correct"]), j) for row in answers) for j in range(1, k + 1)},
+            "length": statistics.fmean(lengths), "truncated": 1 - statistics.fmean(finished), "answers": answers}
+
+
+def describe(result: dict) -> str:
+    """One line: Avg@k ± standard error, Pass@k, length."""
+    k = result["k"]
+    return (f"Avg@{k} {result['avg_at_k']:.3f} ± {result['standard_error']:.3f}   Pass@{k} {result['pass_at'][k]:.3f}   "
+            f"{result['length']:.0f} tokens, {result['truncated']:.0%} truncated   ({result['problems']} problems)")
+
+
+@dataclass
+class Config:
+    model: str = flag("tiny", "tiny, a local model or run folder, or a hub id")
+    data: str = flag("arithmetic", "arithmetic, a .jsonl/.json/.parquet file, or a hub id (owner/set or owner/set:config)")
+    split: str = flag("test", "split of a hub dataset")
+    prompt_column: str = flag(None, "column with the problem", type=str)
+    answer_column: str = flag(None, "column with the gold answer", type=str)
+    problems: int = flag(256, "how many problems, drawn by the seed", low=1)
+    k: int = flag(8, "answers to each problem", low=1)
+    max_new_tokens: int = flag(96, "longest answer in tokens", real=4096, low=1)
+    temperature: float = flag(1.0, "0 is greedy", low=0)
+    top_p: float = flag(1.0, "sample from the smallest set of tokens that holds this probability", above=0, high=1)
+    system: str = flag("", "system message before each problem", real=BOXED)
+    thinking: bool = flag(False, "let the chat template open a thinking block")
+    device: str = flag("auto", "auto, cpu, cuda, mps")
+    dtype: str = flag("auto", "float32 on a CPU, else bfloat16", choices=("auto", "float32", "bfloat16"))
+    seed: int = flag(0, "draws problems and answers", low=0)
+    output: str = flag(None, "JSONL file for the answers; default: <run folder>/answers.jsonl or answers.jsonl", type=str)
+
+
+@exit_on_bad_input
+def main(argv=None):
+    cfg = parse_flags(Config, description=__doc__, argv=argv)
+    output = pathlib.Path(cfg.output or (pathlib.Path(cfg.model) if pathlib.Path(cfg.model).is_dir() else pathlib.Path()) / "answers.jsonl")
+    if output.exists():
+        raise BadInput(f"--output {output}: exists already")
+    tokenizer, model = load_tokenizer(cfg.model), load_model(cfg.model, cfg.device, cfg.dtype)
+    rows = load_problems(cfg.data, cfg.split, cfg.prompt_column, cfg.answer_column, held_out=True, seed=cfg.seed, count=cfg.problems)
+    longest = causal_lm(model).config.max_position_embeddings - cfg.max_new_tokens
+    rows = encode_prompts(tokenizer, rows, cfg.system, cfg.thinking, longest)
+    print(f"first prompt: {tokenizer.decode(rows[0]['prompt'])!r}")
+    result = evaluate(model, tokenizer, rows, cfg.k, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.seed)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in result["answers"]))
+    print(describe(result))
+    print("   ".join(f"Pass@{j} {result['pass_at'][j]:.3f}" for j in sorted({1, 2, 4, 8, 16, 32, 64, cfg.k}) if j <= cfg.k))
+    print(f"answers: {output}")
+
+
+if __name__ == "__main__":
+    main()

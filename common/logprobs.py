@@ -1,0 +1,80 @@
+"""Log-probs of given answers under a model or under one of its internal layer policies, without a (B, T, V) tensor.
+
+    logp, entropy = response_logprobs(model, prompts, tokens, lengths)             # (B, T) each, zero outside the answers
+
+Rows are prompt + answer, padded on the right: a causal model never looks there, so no attention mask is needed and padding
+changes nothing. Only the hidden states that predict answer tokens meet the vocabulary, a chunk at a time.
+"""
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from common.internal_policy import hidden_states
+from common.models import causal_lm
+from common.sampling import join
+
+
+def _chunk_logprobs(hidden, weight, targets, temperature):
+    """(N, D), (V, D), (N,) -> logp (N,), entropy (N,). The logits exist in float32 only in here."""
+    logits = (hidden @ weight.T).float() / temperature                        # (N, V)
+    log_z = logits.logsumexp(-1)                                              # (N,)
+    logp = logits.gather(-1, targets[:, None])[:, 0] - log_z
+    entropy = log_z - (torch.softmax(logits, -1) * logits).sum(-1)            # -sum p log p
+    return logp, entropy
+
+
+def token_logprobs(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0,
+                   chunk: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """log softmax(hidden @ weight.T / temperature) at the targets, and the entropy, both in nats and float32.
+
+    hidden (..., D), weight (V, D), targets (...) -> logp (...), entropy (...). Done `chunk` tokens at a time (default: 2^27
+    logits, half a GiB); the backward pass computes a chunk's logits again instead of keeping them.
+    """
+    shape, V = targets.shape, weight.shape[0]
+    hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    chunk = chunk or max(1, (1 << 27) // V)
+    pieces = []
+    for h, y in zip(hidden.split(chunk), targets.split(chunk)):
+        several = torch.is_grad_enabled() and len(targets) > chunk  # a single chunk gains nothing from computing it twice
+        pieces.append(checkpoint(_chunk_logprobs, h, weight, y, temperature, use_reentrant=False) if several else
+                      _chunk_logprobs(h, weight, y, temperature))
+    logp, entropy = (torch.cat(parts).view(shape) for parts in zip(*pieces))
+    return logp, entropy
+
+
+def response_logprobs(model, prompts: list[list[int]], tokens: torch.Tensor, lengths: torch.Tensor, temperature: float = 1.0,
+                      layer: int | None = None, final_norm: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs and entropies (B, T) of answers `tokens` (B, T; right-padded, `lengths` (B,) tokens) to `prompts` (B lists of ids).
+
+    layer=None is the model's own policy; a 1-based layer is that block's internal policy, and then no block above it is run.
+    Outside the answers both are 0. temperature divides the logits, as in sampling.
+    """
+    ids, predicts = join(prompts, tokens, lengths)                                                  # (B, S) each
+    hidden = hidden_states(model, ids, None, layer, final_norm)[predicts]                           # (N, D)
+    inside = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]                 # (B, T), N of them True
+    values = token_logprobs(hidden, causal_lm(model).lm_head.weight, tokens[inside], temperature)   # (N,) each
+    return tuple(torch.zeros(tokens.shape, device=tokens.device).masked_scatter(inside, value) for value in values)
+
+
+def micro_batches(rows: torch.Tensor, rollout, budget: int) -> list[torch.Tensor]:
+    """Splits row numbers (N,) of a rollout so that in each part rows x longest row <= budget tokens, prompt and answer.
+
+    Sorted by length, so that a part has little padding. A row longer than the budget makes a part of its own.
+    """
+    sizes = {row: len(rollout.prompts[row]) + int(rollout.lengths[row]) for row in rows.tolist()}
+    parts = []
+    for row in sorted(sizes, key=lambda row: -sizes[row]):
+        if not parts or (len(parts[-1]) + 1) * sizes[parts[-1][0]] > budget:
+            parts.append([])
+        parts[-1].append(row)
+    return [torch.tensor(part, device=rows.device) for part in parts]
+
+
+@torch.no_grad()
+def score(model, rollout, rows: torch.Tensor, budget: int, temperature: float = 1.0, layer: int | None = None,
+          final_norm: bool = False) -> torch.Tensor:
+    """Log-probs (B, T) of a rollout's `rows` (numbers, (N,)) under the model as it is now; 0 in the other rows. No gradient."""
+    logp = torch.zeros_like(rollout.logp)                                     # (B, T)
+    for m in micro_batches(rows, rollout, budget):
+        logp[m], _ = response_logprobs(model, [rollout.prompts[i] for i in m], rollout.tokens[m], rollout.lengths[m],
+                                       temperature, layer, final_norm)
+    return logp

@@ -1,0 +1,144 @@
+"""Models and tokenizers: the embedded one, a local folder or a hub id, all through transformers; and what a run will need of memory."""
+import math
+import os
+import pathlib
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from common.errors import BadInput
+
+logging.disable_progress_bar()  # loading and saving take moments; the bars would break up a run's own
+
+TINY = pathlib.Path(__file__).parent / "tiny"
+
+
+def model_path(name: str) -> str:
+    """`tiny`, a model folder or a run's folder -> its path; anything else is taken as a hub id. BadInput for a path that is not there."""
+    if name == "tiny":
+        return str(TINY)
+    for folder in (pathlib.Path(name), pathlib.Path(name) / "model"):
+        if (folder / "config.json").is_file() and (folder / "tokenizer_config.json").is_file():
+            return str(folder)
+    if pathlib.Path(name).exists() or name.startswith((".", "/", "~", "runs/")) or name.count("/") > 1:
+        raise BadInput(f"no model in {name!r}: a model folder holds config.json, tokenizer files and *.safetensors "
+                       "(write tiny for the embedded model, or a hub id such as Qwen/Qwen3-4B)")
+    return name
+
+
+def _from_pretrained(loader, name: str, **kwargs):
+    """loader.from_pretrained, with what can go wrong in one line."""
+    try:
+        return loader.from_pretrained(model_path(name), **kwargs)
+    except (OSError, ValueError) as error:  # unreachable hub, unknown id, broken or foreign files: transformers uses these two
+        if isinstance(error, BadInput):
+            raise
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise BadInput(f"cannot load model {name!r}: {reason[:300]}") from error
+
+
+def is_small(name: str) -> bool:
+    """Whether a model is of the embedded one's kind, so that flags take their small defaults: hidden size at most 256."""
+    return name == "tiny" or getattr(_from_pretrained(AutoConfig, name), "hidden_size", 1 << 20) <= 256
+
+
+def pick_device(device: str) -> torch.device:
+    """`auto`, `cpu`, `cuda`, `cuda:1`, `mps` -> a device that is there."""
+    if device == "auto":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"--device {device}: {str(error).splitlines()[0]}") from error
+    return torch.device(device)
+
+
+def pick_threads(small: bool) -> None:
+    """One thread for a small model on the CPU, torch's own choice otherwise.
+
+    Matrices of 128 x 96 are too small to split: two threads win a tenth on an idle machine of two cores and lose an order of
+    magnitude when another program holds one of them, because each product then waits for a thread that is not scheduled
+    (measured by tests/benchmarks/threads.py).
+    """
+    if small:
+        torch.set_num_threads(1)
+
+
+def load_tokenizer(name: str):
+    return _from_pretrained(AutoTokenizer, name)
+
+
+def load_model(name: str, device: str = "auto", dtype: str = "auto", lora_rank: int = 0, adapter: str | None = None):
+    """-> model in eval mode, on its device.
+
+    dtype `auto` is float32 on the CPU and bfloat16 elsewhere; the optimiser keeps float32 masters of bfloat16 weights.
+    lora_rank > 0 wraps all linear maps of the blocks with peft and leaves only the adapters trainable; `adapter` is the folder
+    of a saved one to go on from. Raises BadInput for a model or a device that is not there.
+    """
+    place = pick_device(device)
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(dtype) or (
+        torch.float32 if place.type == "cpu" else torch.bfloat16)
+    model = _from_pretrained(AutoModelForCausalLM, name, dtype=dtype, attn_implementation="sdpa").to(place)
+    if lora_rank:
+        from peft import LoraConfig, PeftModel, get_peft_model
+        model = (PeftModel.from_pretrained(model, adapter, is_trainable=True) if adapter else
+                 get_peft_model(model, LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear")))
+    pick_threads(place.type == "cpu" and model.config.hidden_size <= 256)
+    if model.config.hidden_size > 256:  # the name has changed in transformers 5.2x
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    return model.eval()
+
+
+def causal_lm(model):
+    """The transformers model itself, also when peft has wrapped it (adapters stay in place): has .model and .lm_head."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not hasattr(model, "lm_head") or not hasattr(getattr(model, "model", None), "layers"):
+        raise BadInput(f"{type(model).__name__} is not supported: need model.model.layers, model.model.norm and model.lm_head "
+                       "(Qwen2, Qwen3, Llama, Mistral and their kin)")
+    return model
+
+
+def stop_ids(model, tokenizer) -> list[int]:
+    """Token ids that end an answer: the tokenizer's end token and all that the model's generation config names."""
+    named = model.generation_config.eos_token_id
+    named = named if isinstance(named, list) else [named]
+    return sorted({i for i in [tokenizer.eos_token_id, *named] if i is not None})
+
+
+def memory_plan(model, rows: int, tokens: int, micro_batch_tokens: int, max_rows: int) -> dict[str, float]:
+    """GiB that a step will hold at its peak, by part. rows x tokens is a rollout, of which max_rows are decoded at once.
+
+    Weights, masters, gradients and moments stay; of the cache (sampling) and the activations (training) only the larger counts.
+    """
+    config, lm = model.config, causal_lm(model)
+    size = {p: p.numel() for p in lm.parameters()}
+    trained = sum(n for p, n in size.items() if p.requires_grad)
+    item = next(lm.parameters()).element_size()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * item
+    # a checkpointed block keeps its input; one block at a time keeps everything: about 12 widths and 4 of the inner width
+    block = (12 * config.hidden_size + 4 * config.intermediate_size) * item
+    checkpointed = config.hidden_size > 256
+    activation_token = config.num_hidden_layers * (config.hidden_size * item if checkpointed else block) + checkpointed * block
+    plan = {
+        "weights": sum(size.values()) * item,
+        "float32 masters": 4 * trained if item < 4 else 0,
+        "gradients": 4 * trained,
+        "Adam moments": 8 * trained,
+        "cache while sampling": cache_token * min(rows, max_rows) * tokens,
+        "activations": activation_token * min(micro_batch_tokens, rows * tokens),
+        "logits chunk": 3 * 4 * min(1 << 27, config.vocab_size * micro_batch_tokens),
+    }
+    plan["peak"] = sum(list(plan.values())[:4]) + max(plan["cache while sampling"], plan["activations"] + plan["logits chunk"])
+    return {name: value / 2**30 for name, value in plan.items()}
+
+
+def max_rows_for(model, tokens: int) -> int:
+    """How many answers of `tokens` tokens may be decoded at once: the cache takes at most half of what is free (8 GiB on a CPU)."""
+    config, device = model.config, next(model.parameters()).device
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    row = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * tokens * next(model.parameters()).element_size()
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 16 << 30
+    return max(1, min(512, math.floor(free / 2 / row)))

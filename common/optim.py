@@ -1,0 +1,50 @@
+"""AdamW that keeps its own float32 copy of low-precision weights: at lr 1e-6 only one bfloat16 weight in fifty would move at all."""
+import torch
+
+
+class MasterAdamW:
+    """AdamW over float32 masters of a model's trainable weights; float32 weights are their own masters.
+
+    Gradients of bfloat16 weights are added up in float32 as each backward pass delivers them, so the number of micro-batches
+    changes nothing but the last bits. A weight that got no gradient is left alone altogether: no decay, no step count.
+    """
+
+    def __init__(self, model, lr: float, weight_decay: float = 0.01):
+        self.weights = [p for p in model.parameters() if p.requires_grad]
+        self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.weights]
+        for weight, master in zip(self.weights, self.masters):
+            if master is not weight:
+                weight.register_post_accumulate_grad_hook(self._collector(master))
+        self.adamw = torch.optim.AdamW(self.masters, lr=lr, weight_decay=weight_decay)
+
+    @staticmethod
+    def _collector(master):
+        def collect(weight):
+            master.grad = weight.grad.float() if master.grad is None else master.grad.add_(weight.grad)
+            weight.grad = None
+        return collect
+
+    def zero_grad(self) -> None:
+        """Forgets all gradients (None, not zero)."""
+        self.adamw.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def step(self, max_norm: float = 1.0) -> float:
+        """Clips the gradient to a global norm and updates -> the norm before clipping. A norm that is not finite updates nothing."""
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, max_norm).item()
+        if norm - norm == 0 and norm > 0:
+            self.adamw.step()
+            for weight, master in zip(self.weights, self.masters):
+                if master is not weight and master.grad is not None:
+                    weight.copy_(master)
+        return norm
+
+    def state_dict(self) -> dict:
+        copies = [master for weight, master in zip(self.weights, self.masters) if master is not weight]
+        return {"adamw": self.adamw.state_dict(), "masters": copies}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.adamw.load_state_dict(state["adamw"])
+        copies = [master for weight, master in zip(self.weights, self.masters) if master is not weight]
+        for master, saved in zip(copies, state["masters"], strict=True):
+            master.copy_(saved)

@@ -1,0 +1,251 @@
+"""A run's book-keeping: set-up, its folder, metrics, checkpoints, evaluation before and after. Knows no algorithm.
+
+    run = start(cfg, "grpo")               # loads, checks, prints; nothing is written before everything has been checked
+    for step in run.steps():               # evaluates first; a tqdm bar; checkpoints; Ctrl-C ends it after the current step
+        with run.clock("sampling"): ...    # seconds go into the metrics
+        run.log(reward=..., length=...)    # one row of metrics.jsonl
+    run.finish()                           # evaluates, saves the model, prints where everything lies
+
+Nothing random is kept between steps: data order and answers follow from (seed, step). So a checkpoint is the weights, the
+optimiser and a step number, and a resumed run gives the weights of an uninterrupted one.
+"""
+import contextlib
+import json
+import math
+import os
+import pathlib
+import resource
+import shutil
+import signal
+import sys
+import time
+
+import torch
+import transformers
+from tqdm import tqdm
+
+from common.data import encode_prompts, load_train_and_eval
+from common.errors import BadInput
+from common.evaluate import describe, evaluate
+from common.models import causal_lm, load_model, load_tokenizer, max_rows_for, memory_plan
+from common.optim import MasterAdamW
+from common.plot import plot_run
+
+
+class Run:
+    """One run: .cfg .folder .model .tokenizer .optimizer .train .held_out, filled by start()."""
+
+    def __init__(self, cfg, name: str):
+        self.cfg, self.name, self.seconds, self.notes = cfg, name, {}, set()
+        self.first, self.checkpoint, self.stopping = 0, None, False
+        self.folder = pathlib.Path(cfg.resume or cfg.output or self.free_folder(name))
+        if not cfg.resume and self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise BadInput(f"--output {self.folder}: holds something already; choose another folder, or go on with --resume {self.folder}")
+        if cfg.resume:
+            found = sorted((self.folder / "checkpoints").glob("step-*"))
+            if not found:
+                raise BadInput(f"--resume {self.folder}: no checkpoint there yet")
+            self.checkpoint, self.first = found[-1], int(found[-1].name.split("-")[1])
+        summary = self.folder / "summary.json"
+        self.summary = json.loads(summary.read_text()) if cfg.resume and summary.exists() else {}
+
+    @staticmethod
+    def free_folder(name: str) -> pathlib.Path:
+        numbered = (pathlib.Path("runs") / (name if i == 1 else f"{name}-{i}") for i in range(1, 10_000))
+        return next(folder for folder in numbered if not folder.exists())
+
+    def begin(self) -> None:
+        """Makes the folder, or brings an old one back to its checkpoint: rows of steps that will be done again are dropped."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            versions = {"torch": torch.__version__, "transformers": transformers.__version__, "python": sys.version.split()[0]}
+            write_atomically(self.folder / "config.json", json.dumps(
+                {"script": self.name, "flags": {**vars(self.cfg), "resume": None, "output": str(self.folder)}, "versions": versions}, indent=1))
+        except OSError as error:
+            raise BadInput(f"--output {self.folder}: cannot write there ({error.strerror})") from error
+        metrics = self.folder / "metrics.jsonl"
+        rows = [json.loads(line) for line in metrics.read_text().splitlines() if line.endswith("}")] if metrics.exists() else []
+        self.rows = [row for row in rows if row["step"] <= self.first]
+        write_atomically(metrics, "".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def steps(self):
+        """Yields the steps that remain, 0-based. The folder is made here: whatever a script checks before it leaves nothing behind."""
+        cfg = self.cfg
+        self.begin()
+        if self.held_out and "avg_at_k_before" not in self.summary:
+            self.measure("before")
+        self.started = time.time()
+        previous = {s: signal.signal(s, self.ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.bar = tqdm(total=cfg.steps, initial=self.first, desc=self.name, unit="step", dynamic_ncols=True)
+        try:
+            for step in range(self.first, cfg.steps):
+                self.step, self.seconds = step, {}
+                yield step
+                self.bar.update()
+                if self.stopping or (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
+                    self.save(step + 1)
+                if self.stopping and step + 1 < cfg.steps:
+                    self.bar.close()
+                    print(f"stopped after step {step + 1}, nothing is lost. Go on with: python {self.name}.py --resume {self.folder}")
+                    raise SystemExit(130)
+        finally:
+            self.bar.close()
+            for s, handler in previous.items():
+                signal.signal(s, handler)
+
+    def ask_to_stop(self, signum, _frame) -> None:
+        if self.stopping:
+            raise KeyboardInterrupt
+        self.stopping = True
+        tqdm.write("finishing this step, then saving (press Ctrl-C again to leave at once)")
+
+    @contextlib.contextmanager
+    def clock(self, part: str):
+        """Adds the seconds of a block to `seconds_<part>` of the current step."""
+        started = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - started
+
+    def log(self, rollout=None, rewards=None, parts=(), gaps=(), **values) -> None:
+        """Writes one row for the current step, shows the bar, warns of what tends to go wrong.
+
+        rollout and rewards ((P, G) or None) add reward, length, share truncated, entropy (nats, of the policy that was sampled,
+        mean over tokens) and the share of groups without signal. parts: metrics of micro-batches, summed and divided by
+        updates_per_rollout (names in _max: the largest). gaps: tensors of log-prob differences between the trainer and
+        the sampler on the same weights and tokens, nats; their mean and largest size are logged.
+        """
+        row = {"step": self.step + 1}
+        if rollout is not None:
+            tokens = int(rollout.lengths.sum())
+            row |= {"reward": rewards.mean().item(), "length": tokens / len(rollout.lengths),
+                    "truncated": 1 - rollout.finished.float().mean().item(),
+                    "entropy": (rollout.entropy.sum() / tokens).item(),
+                    "no_signal": (rewards == rewards[:, :1]).all(1).float().mean().item(),
+                    "tokens": tokens, "tokens_per_second": tokens / sum(self.seconds.values())}
+        for name in sorted({name for part in parts for name in part}):
+            found = [part[name] for part in parts if name in part]
+            row[name] = max(found) if name.endswith("_max") else sum(found) / self.cfg.updates_per_rollout
+        if gaps:
+            gap = torch.cat(gaps).abs()
+            row |= {"gap_mean": gap.mean().item(), "gap_max": gap.max().item()}
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        row |= values | {f"seconds_{part}": s for part, s in self.seconds.items()} | {"peak_gb": peak / 2**30}
+        row = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()}
+        self.rows.append(row)
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+        shown = {"reward": "reward", "loss": "loss", "length": "length", "entropy": "entropy", "tokens_per_second": "tok/s"}
+        self.bar.set_postfix({short: f"{row[name]:.3g}" for name, short in shown.items() if name in row})
+        self.warn(row)
+
+    def warn(self, row: dict) -> None:
+        """Says once what a row shows to be wrong."""
+        first = next((r["entropy"] for r in self.rows if "entropy" in r), math.inf)
+        for key, seen, line in (
+            ("truncated", row.get("truncated", 0) > 0.5, "over half of the answers hit --max-new-tokens before they ended: they count as wrong; raise it"),
+            ("signal", row.get("no_signal", 0) > 0.8, "in over 80 % of the groups all answers are right or all wrong: nothing to learn there; other problems or more samples"),
+            ("entropy", row.get("entropy", first) < 0.1 * first, "the entropy has fallen below a tenth of its start: the model repeats itself; lower --lr"),
+            ("finite", not math.isfinite(row.get("grad_norm", 0.0)), "the gradient is not finite: this update was left out"),
+        ):
+            if seen and key not in self.notes:
+                self.notes.add(key)
+                tqdm.write(f"note: step {row['step']}: {line}")
+
+    def measure(self, when: str) -> dict:
+        """Evaluates on the held-out problems, prints the line, keeps it in summary.json."""
+        cfg = self.cfg
+        result = evaluate(self.model, self.tokenizer, self.held_out, cfg.eval_k, cfg.max_new_tokens, seed=10_000, label=f"evaluating {when}")
+        print(f"{when + ':':7} {describe(result)}", flush=True)
+        self.summary |= {f"avg_at_k_{when}": result["avg_at_k"], f"standard_error_{when}": result["standard_error"],
+                         f"pass_at_{when}": result["pass_at"], f"length_{when}": result["length"], "k": cfg.eval_k}
+        write_atomically(self.folder / "summary.json", json.dumps(self.summary, indent=1))
+        return result
+
+    def save(self, step: int) -> None:
+        """A checkpoint after `step` steps: made in a temporary folder, synced, renamed; the last two stay."""
+        folder = self.folder / "checkpoints" / f"step-{step:06}"
+        temporary = folder.with_suffix(".tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_model(self.model, self.tokenizer, temporary / "model")
+        torch.save(self.optimizer.state_dict(), temporary / "optimizer.pt")
+        for path in [*temporary.rglob("*"), temporary]:
+            sync(path)
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+        sync(folder.parent)
+        for old in sorted(folder.parent.glob("step-??????"))[:-2]:
+            shutil.rmtree(old)
+
+    def finish(self) -> None:
+        """Evaluates, saves the model, draws curve.png, prints sample answers and where everything lies."""
+        save_model(self.model, self.tokenizer, self.folder / "model")
+        if self.held_out:
+            result = self.measure("after")
+            gain, error = (self.summary["avg_at_k_after"] - self.summary["avg_at_k_before"],
+                           math.hypot(self.summary["standard_error_after"], self.summary["standard_error_before"]))
+            print(f"change: {gain:+.3f} ± {error:.3f}\n")
+            for row in result["answers"][:3]:
+                print(f"  {str(row['problem'])[-300:]}  gold {row['answer']}\n    {'right' if row['correct'][0] else 'wrong'}: {row['responses'][0][:600]}")
+        self.summary |= {"seconds": round(self.summary.get("seconds", 0) + time.time() - self.started, 1), "steps": self.cfg.steps}
+        write_atomically(self.folder / "summary.json", json.dumps(self.summary, indent=1))
+        plot_run(self.folder)
+        print(f"\nmodel: {self.folder}/model (save_pretrained)   metrics: {self.folder}/metrics.jsonl   figure: {self.folder}/curve.png")
+
+
+def start(cfg, name: str) -> Run:
+    """Checks and loads everything a run needs, prints what a reader should see before it begins -> Run. Raises BadInput."""
+    run = Run(cfg, name)
+    torch.manual_seed(cfg.seed)  # only new adapters draw from it: everything later has generators of its own
+    run.tokenizer = load_tokenizer(cfg.model)
+    weights, adapter = (run.checkpoint / "model" if run.checkpoint else None), None
+    if cfg.lora_rank and weights:
+        weights, adapter = None, weights
+    run.model = load_model(str(weights or cfg.model), cfg.device, cfg.dtype, cfg.lora_rank, adapter and str(adapter))
+    context = causal_lm(run.model).config.max_position_embeddings
+    train, held_out = load_train_and_eval(cfg)
+    if context <= cfg.max_new_tokens:
+        raise BadInput(f"--max-new-tokens {cfg.max_new_tokens}: the model's context is {context} tokens, prompt included")
+    prompts = (cfg.system, cfg.thinking, context - cfg.max_new_tokens)
+    run.train, run.held_out = (encode_prompts(run.tokenizer, rows, *prompts) for rows in (train, held_out))
+    run.optimizer = MasterAdamW(run.model, cfg.lr)
+    if run.checkpoint:
+        run.optimizer.load_state_dict(torch.load(run.checkpoint / "optimizer.pt", map_location="cpu", weights_only=True))
+    run.model.train()  # for gradient checkpointing; sampling switches to eval by itself
+    lm, first = causal_lm(run.model), run.train[0]
+    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    print(f"model: {cfg.model}, {lm.config.model_type}, {lm.num_parameters() / 1e6:.1f} M parameters ({trained / 1e6:.1f} M trained), "
+          f"{lm.config.num_hidden_layers} blocks, {next(lm.parameters()).dtype} on {next(lm.parameters()).device}, {torch.get_num_threads()} thread(s)")
+    print(f"data:  {cfg.data}, {len(run.train)} problems to train on, {len(run.held_out)} held out")
+    print(f"first prompt ({len(first['prompt'])} tokens): {run.tokenizer.decode(first['prompt'])!r} -> gold {first['answer']!r}")
+    rows, tokens = cfg.prompts_per_step * cfg.group_size, cfg.max_new_tokens + max(len(row["prompt"]) for row in run.train)
+    plan = memory_plan(run.model, rows, tokens, cfg.micro_batch_tokens, max_rows_for(lm, tokens))
+    print("memory plan, GiB: " + ", ".join(f"{part} {gib:.2f}" for part, gib in plan.items() if gib))
+    if run.checkpoint:
+        print(f"going on from step {run.first} of {cfg.steps} in {run.folder}")
+    return run
+
+
+def save_model(model, tokenizer, folder: pathlib.Path) -> None:
+    """An ordinary save_pretrained folder (safetensors); adapters alone in peft's format when the model has them."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def sync(path: pathlib.Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomically(path: pathlib.Path, text: str) -> None:
+    """The file is either the old or the new one, never half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    sync(temporary)
+    temporary.replace(path)

@@ -1,0 +1,150 @@
+"""Sampling answers from a model: each prompt is read once, its cache copied to the group, and finished answers leave the batch.
+
+    rollout = sample(model, tokenizer, prompts, n=16, max_new_tokens=80)        # prompts: lists of token ids
+    rollout.tokens, rollout.mask, rollout.logp, rollout.texts, rollout.finished  # row p * n + g is answer g to prompt p
+
+The log-probs are those of the full softmax at the sampling temperature: the distribution that training computes again
+(common/logprobs.py), so the two can be compared at every step. With top_p < 1 tokens come from a smaller set while logp keeps
+the full softmax: fine for evaluation, biased for a policy gradient.
+"""
+from dataclasses import dataclass
+
+import torch
+from transformers.cache_utils import Cache, DynamicLayer
+
+from common.models import causal_lm, max_rows_for, stop_ids
+
+
+@dataclass
+class Rollout:
+    """B = P * n answers, right-padded to the longest, T tokens."""
+    prompts: list[list[int]]   # one per row
+    tokens: torch.Tensor       # (B, T) response ids, the stop token included
+    lengths: torch.Tensor      # (B,) response lengths in tokens
+    mask: torch.Tensor         # (B, T) 1.0 inside the response; made from lengths, never from token ids
+    logp: torch.Tensor         # (B, T) log-probs of the tokens when they were drawn, nats
+    entropy: torch.Tensor      # (B, T) entropy of the distribution each token was drawn from, nats
+    finished: torch.Tensor     # (B,) whether the answer ended with a stop token
+    texts: list[str]           # decoded, special tokens left out
+
+
+def join(prompts: list[list[int]], tokens: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts (B lists) and answers (B, T), (B,) -> ids (B, S), padded on the right, and a mask (B, S): True where the *next*
+    token belongs to the answer, so that hidden[mask] are the states that predict it, row after row."""
+    S = max(len(p) + k for p, k in zip(prompts, lengths.tolist()))
+    ids = torch.tensor([p + row[:k] + [0] * (S - len(p) - k) for p, row, k in zip(prompts, tokens.tolist(), lengths.tolist())],
+                       device=tokens.device)
+    start = torch.tensor([[len(p) - 1] for p in prompts], device=tokens.device)                             # (B, 1)
+    position = torch.arange(S, device=tokens.device)                                                        # (S,)
+    return ids, (position >= start) & (position < start + lengths[:, None])
+
+
+class GrowingLayer(DynamicLayer):
+    """Keys and values in buffers that grow by 64 positions at a time, so that a new token is written and not the whole copied."""
+
+    def update(self, keys, values, *args, **kwargs):
+        start = self.get_seq_length()
+        end = start + keys.shape[-2]
+        if start == 0:
+            self.lazy_initialization(keys, values)
+            self.buffers = (keys[..., :0, :], values[..., :0, :])
+        if end > self.buffers[0].shape[-2]:
+            room = end + 64 - end % 64
+            grown = [new.new_empty(*new.shape[:-2], room, new.shape[-1]) for new in (keys, values)]
+            for buffer, old in zip(grown, self.buffers):
+                buffer[..., :start, :] = old[..., :start, :]
+            self.buffers = grown
+        for buffer, new in zip(self.buffers, (keys, values)):
+            buffer[..., start:end, :] = new
+        self.keys, self.values = (buffer[..., :end, :] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices):
+        length = self.get_seq_length()
+        self.buffers = [buffer[indices] for buffer in self.buffers]
+        self.keys, self.values = (buffer[..., :length, :] for buffer in self.buffers)
+
+
+def keep_top_p(logp: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Log-probs (R, V) -> the same with -inf outside the smallest set of tokens whose probabilities reach top_p."""
+    ordered, order = logp.sort(dim=-1, descending=True)
+    outside = ordered.exp().cumsum(-1) - ordered.exp() >= top_p  # the token that crosses the line stays in
+    return logp.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
+
+
+@torch.no_grad()
+def decode(model, prompts: list[list[int]], rows: torch.Tensor, max_new_tokens: int, temperature: float, top_p: float,
+           stop: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+    """Answers for prompts[rows[r]], r = 0..R-1 -> tokens, logp, entropy (R, T) and lengths, finished (R,)."""
+    lm, device, R, width = causal_lm(model), rows.device, len(rows), max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)                        # (P, S), left-padded
+    seen = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)            # (P, S)
+    cache = Cache(layer_class_to_replicate=GrowingLayer)
+    hidden = lm.model(input_ids=ids, attention_mask=seen, position_ids=(seen.cumsum(-1) - 1).clamp(min=0),
+                      past_key_values=cache, use_cache=True).last_hidden_state[:, -1]                       # (P, D)
+    for layer in cache.layers:                                                                              # P caches -> R rows
+        layer.batch_select_indices(rows)
+    hidden = hidden[rows]                                                                                   # (R, D)
+    visible = torch.cat([seen[rows].bool(), rows.new_ones(R, max_new_tokens).bool()], 1)                    # (R, S+T)
+    position = seen.sum(-1)[rows]                                                                           # (R,) of the next token
+    tokens = rows.new_zeros(R, max_new_tokens)                                                              # (R, T)
+    logp, entropy = hidden.new_zeros(2, R, max_new_tokens, dtype=torch.float32)                             # (R, T) each
+    lengths, finished = torch.full_like(rows, max_new_tokens), torch.zeros_like(rows).bool()                # (R,)
+    alive = torch.arange(R, device=device)                                                                  # rows still decoded
+    for t in range(max_new_tokens):
+        scores = lm.lm_head(hidden).float()                                                                 # (A, V)
+        full = torch.log_softmax(scores / (temperature or 1.0), -1)                                         # (A, V)
+        probs = (full if top_p >= 1 else keep_top_p(full, top_p)).exp()
+        if temperature == 0:
+            token = full.argmax(-1)                                                                         # (A,)
+        else:  # the first of independent clocks with rates p to ring is p-distributed: no host sync, no normalisation
+            token = (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1)
+        tokens[alive, t] = token
+        logp[alive, t] = full.gather(-1, token[:, None])[:, 0]
+        entropy[alive, t] = -(full.exp() * full.clamp(min=-1e4)).sum(-1)
+        ended = torch.isin(token, stop) & ~finished[alive]
+        lengths[alive[ended]], finished[alive[ended]] = t + 1, True
+        left = (~finished[alive]).nonzero()[:, 0]
+        if len(left) == 0 or t + 1 == max_new_tokens:
+            break
+        if len(left) <= 0.9 * len(alive):  # the cache is copied when rows leave, so let a tenth of them gather
+            for layer in cache.layers:
+                layer.batch_select_indices(left)
+            alive, token = alive[left], token[left]
+        mask = visible[alive, None, None, :width + t + 1]                                                   # (A, 1, 1, S+t+1)
+        hidden = lm.model(input_ids=token[:, None], attention_mask=mask, position_ids=(position[alive] + t)[:, None],
+                          past_key_values=cache, use_cache=True).last_hidden_state[:, -1]                   # (A, D)
+    return tokens, logp, entropy, lengths, finished
+
+
+def sample(model, tokenizer, prompts: list[list[int]], n: int, max_new_tokens: int, temperature: float = 1.0,
+           top_p: float = 1.0, seed: int = 0, max_rows: int | None = None) -> Rollout:
+    """n answers to each prompt (a list of token ids), at most max_new_tokens tokens each, as one Rollout of P * n rows.
+
+    temperature 0 is greedy. The same seed draws the same answers. max_rows bounds how many rows are decoded at once
+    (default: what the memory holds); it changes which random numbers a row gets, never its distribution.
+    Raises ValueError for an empty prompt or for n, max_new_tokens < 1, temperature < 0, top_p outside (0, 1].
+    """
+    if not prompts or not all(prompts):
+        raise ValueError("sample needs at least one prompt and no empty one")
+    if n < 1 or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"sample: {n=}, {max_new_tokens=}, {temperature=}, {top_p=} out of range")
+    device, was_training = next(model.parameters()).device, model.training
+    model.eval()
+    generator = torch.Generator(device).manual_seed(seed)
+    stop = torch.tensor(stop_ids(causal_lm(model), tokenizer), device=device)
+    owner = [p for p in range(len(prompts)) for _ in range(n)]                                              # row -> prompt
+    max_rows = max_rows or max_rows_for(causal_lm(model), max(map(len, prompts)) + max_new_tokens)
+    pieces = []
+    for start in range(0, len(owner), max_rows):
+        here = owner[start:start + max_rows]
+        rows = torch.tensor([p - here[0] for p in here], device=device)
+        pieces.append(decode(model, prompts[here[0]:here[-1] + 1], rows, max_new_tokens, temperature, top_p, stop, generator))
+    tokens, logp, entropy, lengths, finished = (torch.cat(parts) for parts in zip(*pieces))
+    model.train(was_training)
+    T = int(lengths.max())
+    mask = (torch.arange(T, device=device) < lengths[:, None]).float()                                      # (B, T)
+    texts = tokenizer.batch_decode([row[:k] for row, k in zip(tokens.tolist(), lengths.tolist())], skip_special_tokens=True)
+    zero = ~mask.bool()
+    return Rollout([prompts[p] for p in owner], tokens[:, :T].masked_fill(zero, 0), lengths, mask,
+                   logp[:, :T].masked_fill(zero, 0), entropy[:, :T].masked_fill(zero, 0), finished, texts)

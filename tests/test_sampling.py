@@ -1,0 +1,91 @@
+"""The sampler against model.generate, against softmax, and against the trainer's log-probs."""
+import pytest
+import torch
+from conftest import byte_level_tokenizer, random_model
+
+from common.logprobs import response_logprobs
+from common.sampling import join, keep_top_p, sample
+
+PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [14]]  # of different lengths: the sampler pads them on the left
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_level_tokenizer()
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "qwen2", "llama"])
+def test_greedy_equals_generate(kind, tokenizer):
+    model = random_model(kind, vocab_size=len(tokenizer))
+    rollout = sample(model, tokenizer, PROMPTS, n=2, max_new_tokens=70, temperature=0)
+    for row, prompt in enumerate(p for p in PROMPTS for _ in range(2)):
+        generated = model.generate(torch.tensor([prompt]), max_new_tokens=70, do_sample=False)[0, len(prompt):]
+        k = int(rollout.lengths[row])
+        assert rollout.tokens[row, :k].tolist() == generated.tolist()
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "qwen2", "llama"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampler_and_trainer_agree(kind, temperature, tokenizer):
+    """Log-probs and entropies of the same tokens, once from the cache, left-padded and shrinking, once from a plain forward."""
+    model = random_model(kind, vocab_size=len(tokenizer))
+    model.generation_config.eos_token_id = list(range(60, 70))  # several stop tokens, so that answers end at different times
+    rollout = sample(model, tokenizer, PROMPTS, n=8, max_new_tokens=90, temperature=temperature, seed=3)
+    logp, entropy = response_logprobs(model, rollout.prompts, rollout.tokens, rollout.lengths, temperature)
+    assert 0 < rollout.finished.float().mean() < 1  # both ends happen
+    assert (logp - rollout.logp).abs().max() < 1e-4 and (entropy - rollout.entropy).abs().max() < 1e-4
+
+
+def test_masks_come_from_lengths(tokenizer):
+    """The stop token is inside the mask, what follows is not; a cut answer fills its row; the pad id inside an answer stays in."""
+    model = random_model("qwen3", vocab_size=len(tokenizer))
+    rollout = sample(model, tokenizer, PROMPTS, n=32, max_new_tokens=60, seed=0)
+    assert rollout.mask.sum(1).tolist() == rollout.lengths.tolist()
+    for tokens, length, finished in zip(rollout.tokens.tolist(), rollout.lengths.tolist(), rollout.finished.tolist()):
+        assert finished == (tokens[length - 1] == tokenizer.eos_token_id)
+        assert tokenizer.eos_token_id not in tokens[:length - 1] and not any(tokens[length:])
+        assert finished or length == 60
+    inside = rollout.tokens[rollout.mask > 0]
+    assert (inside == tokenizer.pad_token_id).any()  # an untrained model says the pad token too: ids could not tell
+
+
+def test_samples_follow_softmax(tokenizer):
+    """20,000 first tokens against softmax(logits / T): chi-squared over the tokens expected at least 20 times, within 5 sigma."""
+    model, n = random_model("llama", vocab_size=len(tokenizer)), 20_000
+    rollout = sample(model, tokenizer, [PROMPTS[0]], n=n, max_new_tokens=1, temperature=1.3, seed=1, max_rows=n)
+    expected = n * torch.softmax(model(torch.tensor([PROMPTS[0]])).logits[0, -1].double() / 1.3, -1)
+    counts = torch.bincount(rollout.tokens[:, 0], minlength=len(expected)).double()
+    often = expected >= 20
+    chi2, freedom = ((counts - expected)[often] ** 2 / expected[often]).sum(), often.sum() - 1
+    assert abs(chi2 - freedom) < 5 * (2 * freedom) ** 0.5
+
+
+def test_same_seed_same_answers_and_bounded_rows(tokenizer):
+    model = random_model("qwen3", vocab_size=len(tokenizer))
+    first, second, other = (sample(model, tokenizer, PROMPTS, 5, 20, seed=seed) for seed in (7, 7, 8))
+    assert torch.equal(first.tokens, second.tokens) and first.texts == second.texts
+    assert not torch.equal(first.tokens[:, :5], other.tokens[:, :5])
+    pieces = sample(model, tokenizer, PROMPTS, 5, 20, temperature=0, max_rows=4)   # groups of five cut into pieces of four rows
+    whole = sample(model, tokenizer, PROMPTS, 5, 20, temperature=0)
+    assert torch.equal(pieces.tokens, whole.tokens) and pieces.prompts == whole.prompts
+
+
+def test_top_p():
+    """Probabilities .5 .3 .15 .05: top_p .6 keeps .5 and .3 (the one that crosses .6); top_p .4 keeps the first alone; 1 keeps all."""
+    logp = torch.tensor([[0.15, 0.5, 0.05, 0.3]]).log()
+    for top_p, kept in ((0.6, [False, True, False, True]), (0.4, [False, True, False, False]), (0.99, [True] * 4)):
+        assert keep_top_p(logp, top_p).isfinite()[0].tolist() == kept
+
+
+def test_join():
+    """Prompt 5 6, answer 7 8: ids 5 6 7 8; the states at 6 and 7 predict the answer's tokens."""
+    ids, predicts = join([[5, 6], [9]], torch.tensor([[7, 8], [4, 0]]), torch.tensor([2, 1]))
+    assert ids.tolist() == [[5, 6, 7, 8], [9, 4, 0, 0]]
+    assert predicts.int().tolist() == [[0, 1, 1, 0], [1, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("bad", [dict(prompts=[]), dict(prompts=[[]]), dict(n=0), dict(max_new_tokens=0), dict(temperature=-1), dict(top_p=0)])
+def test_bad_arguments(bad, tokenizer):
+    arguments = dict(prompts=PROMPTS, n=1, max_new_tokens=1) | bad
+    with pytest.raises(ValueError):
+        sample(random_model("qwen3", vocab_size=len(tokenizer)), tokenizer, **arguments)
