@@ -8,7 +8,7 @@ get no gradient, not even a zero one.
 Run:   python bupo.py                                  the embedded model learns arithmetic, two minutes on a laptop
        python bupo.py --model Qwen/Qwen3-4B --data zwhe99/DeepMath-103K --layer 6 --internal-steps 30
 See:   a table of what each block does to the entropy, the layer chosen, then reward rising as in grpo.py. Watch entropy and
-       length in the first phase: too long a first phase ruins the model (paper: 30 of 300 steps 58.5, 50 steps 42.1, 70 steps 9.9).
+       length in the first phase: too long a one ruins the model (paper: 30 of 300 steps 58.5, 50 steps 42.1, 70 steps 9.9).
 
 This file is grpo.py with a layer: diff grpo.py bupo.py.
 
@@ -17,14 +17,14 @@ Deviations ledger: paper | the authors' code (a fork of verl) | here, and why
       given by hand, counted from 0 | --layer auto measures it: end of the first run of rises, below 5 % of the largest counts as
       zero (the paper names no threshold); counted from 1 as in the paper
   first phase      | Algorithm 1: one step more than s_inter; text: s_inter | exactly s_inter | exactly --internal-steps
-  final norm       | left out on purpose; with it Avg 56.8 instead of 58.5 | left out, but block L's is applied | as the code; --final-norm
+  final norm       | left out on purpose; with it 56.8, not 58.5 | left out, but applied for block L | as the code; --final-norm
   old log-probs    | of the layer | of the layer, from the trainer | as the code
   blocks above l   | no gradient | run for logging, no gradient | not run: the same loss, less time; so the sampler-trainer gap is
       measured in the second phase only
   optimiser        | goes on at the switch | goes on | goes on; blocks above l have no Adam state before
   mean over tokens | per answer, then over answers | over the tokens of a micro-batch, micro-batches averaged | over all tokens of
       an update, so that micro-batching changes nothing; --aggregation sequence is the paper's
-  clip             | 0.2 both sides | and dual clip at 10, log-ratio held within 20 | as grpo.py: --dual-clip is off unless asked for
+  clip             | 0.2 both sides | and dual clip at 10, log-ratio held within 20 | as grpo.py: --dual-clip only if asked for
   updates a rollout| 16 | 4, each with its share of the prompts | --updates-per-rollout, 1: then ratio = 1 and nothing clips
   longest answer   | 7168 (table) or 8192 (text) | 8192 | --max-new-tokens
   also trained     | blocks 1..l and E | and the token embedding, the same tensor in tied models | as the code
@@ -64,7 +64,7 @@ def dr_grpo_advantages(rewards: torch.Tensor) -> torch.Tensor:
 
 
 def reinforce_pp_advantages(rewards: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """REINFORCE++ (arXiv 2501.03262): rewards whitened over all tokens of the batch, no groups. (P, G), (P, G) tokens -> (P, G)."""
+    """REINFORCE++ (arXiv 2501.03262): rewards whitened over all tokens, no groups. rewards, lengths (P, G) -> (P, G)."""
     n = lengths.sum()
     mean = (rewards * lengths).sum() / n
     variance = ((rewards - mean).square() * lengths).sum() / (n - 1)
@@ -107,8 +107,8 @@ def kl_loss(logp, ref_logp, old_logp, mask, denominator):
 
 def token_denominator(how: str, lengths: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
     """--aggregation: what to divide token sums by, for answers of (B,) tokens -> (B, 1)."""
-    B = len(lengths)
-    total = {"token": lengths.sum().expand(B), "sequence": B * lengths, "constant": B * torch.full_like(lengths, max_new_tokens)}[how]
+    B, one = len(lengths), torch.ones_like(lengths)
+    total = {"token": lengths.sum() * one, "sequence": B * lengths, "constant": B * max_new_tokens * one}[how]
     return total[:, None].clamp(min=1)
 
 
@@ -117,26 +117,29 @@ class Config:
     steps: int = flag(40, "rollouts; the paper: 300", real=300, low=1)
     prompts_per_step: int = flag(8, "problems a rollout; the paper: 128", real=128, low=1)
     group_size: int = flag(16, "answers to each problem; the paper: 8. Small models need more for a mixed group", real=8, low=2)
-    max_new_tokens: int = flag(96, "longest answer in tokens; the authors' script: 8192", real=2048, low=1)
+    max_new_tokens: int = flag(80, "longest answer in tokens; the authors' script: 8192", real=2048, low=1)
     temperature: float = flag(1.0, "for sampling and in training alike", above=0)
-    lr: float = flag(5e-4, "AdamW, constant; the paper: 1e-6", real=1e-6, above=0)
-    updates_per_rollout: int = flag(1, "optimiser steps a rollout, each on its share of the prompts; the authors' script: 4", low=1)
+    lr: float = flag(3e-4, "AdamW, constant; the paper: 1e-6", real=1e-6, above=0)
+    updates_per_rollout: int = flag(1, "optimiser steps a rollout, each on its share of the prompts; the authors: 4", low=1)
     advantage: str = flag("grpo", "how rewards become advantages", choices=("grpo", "rloo", "reinforce++", "dr_grpo"))
-    aggregation: str = flag("token", "mean over tokens, per answer first, or constant length", choices=("token", "sequence", "constant"))
+    aggregation: str = flag("token", "mean over all tokens, per answer first, or over a constant length",
+                            choices=("token", "sequence", "constant"))
     clip_low: float = flag(0.2, "ratios below 1 - this get no gradient when the advantage is negative", low=0, high=1)
     clip_high: float = flag(0.2, "ratios above 1 + this get none when it is positive; DAPO: 0.28", low=0)
     dual_clip: float = flag(None, "bound on the loss of bad tokens, in advantages; the authors' code: 10", type=float, above=1)
     kl_coef: float = flag(0.0, "weight of the KL to the initial model; the paper: 0", low=0)
     layer: str = flag("auto", "block whose policy the first phase trains, 1 = lowest; auto: end of the exploration region")
-    internal_steps: int = flag(4, "rollouts of the first phase, a tenth of the run as in the paper; more can ruin the model", real=30, low=0)
-    final_norm: bool = flag(False, "apply the model's last norm to the layer (the paper's ablation, worse there)")
-    truncated: str = flag("zero", "answers cut off at --max-new-tokens: reward 0, or no part in the loss", choices=("zero", "mask"))
+    internal_steps: int = flag(4, "rollouts of the first phase, a tenth of the run as in the paper; many more ruin the model",
+                               real=30, low=0)
+    final_norm: bool = flag(False, "apply the model's last norm to the layer: the paper's ablation, worse there")
+    truncated: str = flag("zero", "answers cut at --max-new-tokens: reward 0, or left out of the loss", choices=("zero", "mask"))
 
 
 def choose_layer(run) -> int:
     """--layer: the number given, or `auto`: the end of the exploration region, measured on 64 answers of the model itself.
 
-    Prints the table it was chosen from. BadInput outside 1..L, or when no FFN raises the entropy.
+    At most L - 1, since block L's policy is the model's own. Prints the table it was chosen from. BadInput outside 1..L, or when
+    no FFN raises the entropy.
     """
     cfg, L = run.cfg, causal_lm(run.model).config.num_hidden_layers
     if cfg.layer != "auto":
@@ -148,15 +151,18 @@ def choose_layer(run) -> int:
     entropies = rollout_entropies(run.model, rollout, cfg.micro_batch_tokens)
     change = entropy_changes(entropies)["ffn"]                                                  # (L,), eq. 13
     try:
-        layers = {tolerance: boundary_layer(change, tolerance) for tolerance in (0.05, 0.01, 0.02, 0.1, 0.2)}
+        layers = {tolerance: min(boundary_layer(change, tolerance), L - 1) for tolerance in (0.05, 0.01, 0.02, 0.1, 0.2)}
     except ValueError as error:
         raise BadInput(f"--layer auto: {error} with --layer N") from error
-    print("block   entropy of its policy   change by its FFN   (nats; the FFN raises it up to the boundary: exploration)")
+    layer = layers[0.05]
+    print("block   entropy of its policy   change by its FFN   (nats; while FFNs raise it the model explores)")
     for l in range(1, L + 1):
-        print(f"{l:5} {entropies['layer_out'][l - 1]:23.3f} {change[l - 1]:+19.3f}{'   <- boundary' if l == layers[0.05] else ''}")
+        print(f"{l:5} {entropies['layer_out'][l - 1]:23.3f} {change[l - 1]:+19.3f}{'   <- boundary' if l == layer else ''}")
+    if boundary_layer(change) == L:
+        print(f"every block up to the last raises it; block {L}'s policy is the model's own, so block {L - 1} is taken")
     if len(set(layers.values())) > 1:
         print("fragile choice, it moves with the tolerance: " + ", ".join(f"{t} gives {l}" for t, l in layers.items()))
-    return layers[0.05]
+    return layer
 
 
 @exit_on_bad_input
@@ -170,7 +176,8 @@ def main(argv=None):
 
     if "layer" not in run.summary:  # a resumed run keeps its layer
         run.summary["layer"] = choose_layer(run)
-    print(f"phase 1: steps 1 to {min(cfg.internal_steps, cfg.steps)} train the policy of block {run.summary['layer']}; phase 2: the whole model")
+    print(f"phase 1: steps 1 to {min(cfg.internal_steps, cfg.steps)} train the policy of block {run.summary['layer']}; "
+          "phase 2: the whole model")
 
     for step in run.steps():
         layer = run.summary["layer"] if step < cfg.internal_steps else None                     # eq. 10
@@ -189,28 +196,29 @@ def main(argv=None):
         mask = rollout.mask * (rollout.finished | (cfg.truncated == "zero"))[:, None]           # (B, T)
 
         useful = (mask.sum(1) > 0) & ((advantages != 0) | (cfg.kl_coef > 0))                    # (B,) rows with a gradient
-        updates = torch.arange(len(mask), device=mask.device).chunk(cfg.updates_per_rollout)    # each takes its share of the prompts
-        denominator = torch.cat([token_denominator(cfg.aggregation, mask[rows].sum(1), cfg.max_new_tokens) for rows in updates])  # (B, 1)
-
+        updates = torch.arange(len(mask), device=mask.device).chunk(cfg.updates_per_rollout)    # each its share of the prompts
+        denominator = torch.cat([token_denominator(cfg.aggregation, mask[rows].sum(1), cfg.max_new_tokens)
+                                 for rows in updates])                                          # (B, 1)
         parts, gaps = [], []
         with run.clock("training"):
             old_logp = None if cfg.updates_per_rollout == 1 else score(                         # (B, T)
                 model, rollout, useful.nonzero()[:, 0], cfg.micro_batch_tokens, cfg.temperature, layer, cfg.final_norm)
-            for update, rows in enumerate(updates):
+            for rows in updates:
                 optimizer.zero_grad()
-                for m in micro_batches(rows[useful[rows]], rollout, cfg.micro_batch_tokens):
-                    answers = [rollout.prompts[i] for i in m], rollout.tokens[m], rollout.lengths[m], cfg.temperature
-                    logp, _ = response_logprobs(model, *answers, layer, cfg.final_norm)         # (b, T), eq. 5
-                    old = logp.detach() if old_logp is None else old_logp[m]
-                    loss, metrics = grpo_loss(logp, old, advantages[m], mask[m], cfg.clip_low, cfg.clip_high, cfg.dual_clip, denominator[m])
+                for m in micro_batches(rows[useful[rows]], rollout, cfg.micro_batch_tokens):    # (b,) row numbers
+                    part = rollout[m]
+                    logp, _ = response_logprobs(model, part, cfg.temperature, layer, cfg.final_norm)  # (b, T), eq. 5
+                    old = logp.detach() if old_logp is None else old_logp[m]                    # (b, T)
+                    loss, metrics = grpo_loss(logp, old, advantages[m], mask[m], cfg.clip_low, cfg.clip_high, cfg.dual_clip,
+                                              denominator[m])
                     if reference is not None:
                         with torch.no_grad():
-                            ref_logp, _ = response_logprobs(reference, *answers)                # (b, T)
+                            ref_logp, _ = response_logprobs(reference, part, cfg.temperature)   # (b, T)
                         loss = loss + cfg.kl_coef * kl_loss(logp, ref_logp, old, mask[m], denominator[m])
                     loss.backward()
                     parts.append({"loss": loss.item(), **metrics})
-                    if update == 0 and layer is None:
-                        gaps.append((logp.detach() - rollout.logp[m])[mask[m] > 0])
+                    if rows is updates[0] and layer is None:
+                        gaps.append((logp.detach() - part.logp)[mask[m] > 0])
                 parts.append({"grad_norm": optimizer.step(max_norm=1.0)})
         run.log(rollout, rewards, parts, gaps, layer=layer)
     run.finish()

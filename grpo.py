@@ -51,7 +51,7 @@ def dr_grpo_advantages(rewards: torch.Tensor) -> torch.Tensor:
 
 
 def reinforce_pp_advantages(rewards: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """REINFORCE++ (arXiv 2501.03262): rewards whitened over all tokens of the batch, no groups. (P, G), (P, G) tokens -> (P, G)."""
+    """REINFORCE++ (arXiv 2501.03262): rewards whitened over all tokens, no groups. rewards, lengths (P, G) -> (P, G)."""
     n = lengths.sum()
     mean = (rewards * lengths).sum() / n
     variance = ((rewards - mean).square() * lengths).sum() / (n - 1)
@@ -94,8 +94,8 @@ def kl_loss(logp, ref_logp, old_logp, mask, denominator):
 
 def token_denominator(how: str, lengths: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
     """--aggregation: what to divide token sums by, for answers of (B,) tokens -> (B, 1)."""
-    B = len(lengths)
-    total = {"token": lengths.sum().expand(B), "sequence": B * lengths, "constant": B * torch.full_like(lengths, max_new_tokens)}[how]
+    B, one = len(lengths), torch.ones_like(lengths)
+    total = {"token": lengths.sum() * one, "sequence": B * lengths, "constant": B * max_new_tokens * one}[how]
     return total[:, None].clamp(min=1)
 
 
@@ -104,17 +104,18 @@ class Config:
     steps: int = flag(40, "rollouts; the paper: 300", real=300, low=1)
     prompts_per_step: int = flag(8, "problems a rollout; the paper: 128", real=128, low=1)
     group_size: int = flag(16, "answers to each problem; the paper: 8. Small models need more for a mixed group", real=8, low=2)
-    max_new_tokens: int = flag(96, "longest answer in tokens; the authors' script: 8192", real=2048, low=1)
+    max_new_tokens: int = flag(80, "longest answer in tokens; the authors' script: 8192", real=2048, low=1)
     temperature: float = flag(1.0, "for sampling and in training alike", above=0)
-    lr: float = flag(5e-4, "AdamW, constant; the paper: 1e-6", real=1e-6, above=0)
-    updates_per_rollout: int = flag(1, "optimiser steps a rollout, each on its share of the prompts; the authors' script: 4", low=1)
+    lr: float = flag(3e-4, "AdamW, constant; the paper: 1e-6", real=1e-6, above=0)
+    updates_per_rollout: int = flag(1, "optimiser steps a rollout, each on its share of the prompts; the authors: 4", low=1)
     advantage: str = flag("grpo", "how rewards become advantages", choices=("grpo", "rloo", "reinforce++", "dr_grpo"))
-    aggregation: str = flag("token", "mean over tokens, per answer first, or constant length", choices=("token", "sequence", "constant"))
+    aggregation: str = flag("token", "mean over all tokens, per answer first, or over a constant length",
+                            choices=("token", "sequence", "constant"))
     clip_low: float = flag(0.2, "ratios below 1 - this get no gradient when the advantage is negative", low=0, high=1)
     clip_high: float = flag(0.2, "ratios above 1 + this get none when it is positive; DAPO: 0.28", low=0)
     dual_clip: float = flag(None, "bound on the loss of bad tokens, in advantages; the authors' code: 10", type=float, above=1)
     kl_coef: float = flag(0.0, "weight of the KL to the initial model; the paper: 0", low=0)
-    truncated: str = flag("zero", "answers cut off at --max-new-tokens: reward 0, or no part in the loss", choices=("zero", "mask"))
+    truncated: str = flag("zero", "answers cut at --max-new-tokens: reward 0, or left out of the loss", choices=("zero", "mask"))
 
 
 @exit_on_bad_input
@@ -140,28 +141,29 @@ def main(argv=None):
         mask = rollout.mask * (rollout.finished | (cfg.truncated == "zero"))[:, None]           # (B, T)
 
         useful = (mask.sum(1) > 0) & ((advantages != 0) | (cfg.kl_coef > 0))                    # (B,) rows with a gradient
-        updates = torch.arange(len(mask), device=mask.device).chunk(cfg.updates_per_rollout)    # each takes its share of the prompts
-        denominator = torch.cat([token_denominator(cfg.aggregation, mask[rows].sum(1), cfg.max_new_tokens) for rows in updates])  # (B, 1)
-
+        updates = torch.arange(len(mask), device=mask.device).chunk(cfg.updates_per_rollout)    # each its share of the prompts
+        denominator = torch.cat([token_denominator(cfg.aggregation, mask[rows].sum(1), cfg.max_new_tokens)
+                                 for rows in updates])                                          # (B, 1)
         parts, gaps = [], []
         with run.clock("training"):
             old_logp = None if cfg.updates_per_rollout == 1 else score(                         # (B, T)
                 model, rollout, useful.nonzero()[:, 0], cfg.micro_batch_tokens, cfg.temperature)
-            for update, rows in enumerate(updates):
+            for rows in updates:
                 optimizer.zero_grad()
-                for m in micro_batches(rows[useful[rows]], rollout, cfg.micro_batch_tokens):
-                    answers = [rollout.prompts[i] for i in m], rollout.tokens[m], rollout.lengths[m], cfg.temperature
-                    logp, _ = response_logprobs(model, *answers)                                # (b, T)
-                    old = logp.detach() if old_logp is None else old_logp[m]
-                    loss, metrics = grpo_loss(logp, old, advantages[m], mask[m], cfg.clip_low, cfg.clip_high, cfg.dual_clip, denominator[m])
+                for m in micro_batches(rows[useful[rows]], rollout, cfg.micro_batch_tokens):    # (b,) row numbers
+                    part = rollout[m]
+                    logp, _ = response_logprobs(model, part, cfg.temperature)                   # (b, T)
+                    old = logp.detach() if old_logp is None else old_logp[m]                    # (b, T)
+                    loss, metrics = grpo_loss(logp, old, advantages[m], mask[m], cfg.clip_low, cfg.clip_high, cfg.dual_clip,
+                                              denominator[m])
                     if reference is not None:
                         with torch.no_grad():
-                            ref_logp, _ = response_logprobs(reference, *answers)                # (b, T)
+                            ref_logp, _ = response_logprobs(reference, part, cfg.temperature)   # (b, T)
                         loss = loss + cfg.kl_coef * kl_loss(logp, ref_logp, old, mask[m], denominator[m])
                     loss.backward()
                     parts.append({"loss": loss.item(), **metrics})
-                    if update == 0:
-                        gaps.append((logp.detach() - rollout.logp[m])[mask[m] > 0])
+                    if rows is updates[0]:
+                        gaps.append((logp.detach() - part.logp)[mask[m] > 0])
                 parts.append({"grad_norm": optimizer.step(max_norm=1.0)})
         run.log(rollout, rewards, parts, gaps)
     run.finish()

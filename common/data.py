@@ -26,7 +26,7 @@ def read_rows(name: str, split: str) -> list[dict]:
         text = path.read_text(encoding="utf-8")
         try:
             rows = json.loads(text) if path.suffix == ".json" and text.lstrip()[:1] == "[" else [
-                json.loads(line) for line in text.split("\n") if line.strip()]  # splitlines would also cut at U+2028 inside a string
+                json.loads(line) for line in text.split("\n") if line.strip()]  # splitlines would cut at U+2028 too
         except json.JSONDecodeError as error:
             raise BadInput(f"--data {name}: not JSON, {error}") from error
         if not all(isinstance(row, dict) for row in rows):
@@ -52,7 +52,7 @@ def pick_column(row: dict, wanted: str | None, known: tuple[str, ...], flag: str
 
 
 def gold_answer(value) -> str:
-    """The final answer inside an answer or solution cell: after ####, inside the last box, a reward_model's ground_truth, or all of it."""
+    """The final answer in an answer or solution cell: after ####, in the last box, reward_model's ground_truth, or all of it."""
     if isinstance(value, dict):
         value = value.get("ground_truth", "")
     if isinstance(value, (list, tuple)):
@@ -72,7 +72,7 @@ def load_problems(name: str, split: str = "train", prompt_column: str | None = N
     nothing usable is left.
     """
     if name == "arithmetic":
-        return arithmetic_problems(count or 4096, held_out, seed)
+        return arithmetic_problems(4096 if count is None else count, held_out, seed)
     rows = read_rows(name, split)
     if not rows:
         raise BadInput(f"--data {name}: no rows")
@@ -105,7 +105,7 @@ def load_train_and_eval(cfg) -> tuple[list[dict], list[dict]]:
     train = load_problems(cfg.data, cfg.split, seed=cfg.seed, **columns)
     if cfg.eval_data or cfg.data == "arithmetic":
         eval_data = cfg.eval_data or "arithmetic"
-        held_out = load_problems(eval_data, cfg.eval_split, held_out=True, count=cfg.eval_problems, **columns) if cfg.eval_problems else []
+        held_out = load_problems(eval_data, cfg.eval_split, held_out=True, count=cfg.eval_problems, **columns)
         seen = {json.dumps(row["problem"]) for row in held_out}
         train = [row for row in train if json.dumps(row["problem"]) not in seen]
     else:

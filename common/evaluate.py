@@ -70,7 +70,7 @@ class Config:
     answer_column: str = flag(None, "column with the gold answer", type=str)
     problems: int = flag(256, "how many problems, drawn by the seed", low=1)
     k: int = flag(8, "answers to each problem", low=1)
-    max_new_tokens: int = flag(96, "longest answer in tokens", real=4096, low=1)
+    max_new_tokens: int = flag(80, "longest answer in tokens", real=4096, low=1)
     temperature: float = flag(1.0, "0 is greedy", low=0)
     top_p: float = flag(1.0, "sample from the smallest set of tokens that holds this probability", above=0, high=1)
     system: str = flag("", "system message before each problem", real=BOXED)
@@ -84,11 +84,12 @@ class Config:
 @exit_on_bad_input
 def main(argv=None):
     cfg = parse_flags(Config, description=__doc__, argv=argv)
-    output = pathlib.Path(cfg.output or (pathlib.Path(cfg.model) if pathlib.Path(cfg.model).is_dir() else pathlib.Path()) / "answers.jsonl")
+    folder = cfg.model if pathlib.Path(cfg.model).is_dir() else "."
+    output = pathlib.Path(cfg.output or pathlib.Path(folder) / "answers.jsonl")
     if output.exists():
         raise BadInput(f"--output {output}: exists already")
     tokenizer, model = load_tokenizer(cfg.model), load_model(cfg.model, cfg.device, cfg.dtype)
-    rows = load_problems(cfg.data, cfg.split, cfg.prompt_column, cfg.answer_column, held_out=True, seed=cfg.seed, count=cfg.problems)
+    rows = load_problems(cfg.data, cfg.split, cfg.prompt_column, cfg.answer_column, True, cfg.seed, cfg.problems)
     longest = causal_lm(model).config.max_position_embeddings - cfg.max_new_tokens
     rows = encode_prompts(tokenizer, rows, cfg.system, cfg.thinking, longest)
     print(f"first prompt: {tokenizer.decode(rows[0]['prompt'])!r}")

@@ -26,20 +26,21 @@ def flag(default, help: str, real=None, type=None, choices=None, low=None, high=
 class Shared:
     """Where things come from and go to, the same in every script."""
     model: str = flag("tiny", "tiny (embedded, no download), a local model or run folder, or a hub id such as Qwen/Qwen3-4B")
-    data: str = flag("arithmetic", "arithmetic (embedded), a .jsonl/.json/.parquet file, or a hub id (owner/set or owner/set:config)")
+    data: str = flag("arithmetic", "arithmetic (embedded), a .jsonl/.json/.parquet file, or hub id owner/set[:config]")
     eval_data: str = flag(None, "the same for evaluation; default: held-out problems of --data", type=str)
     split: str = flag("train", "split of a hub dataset to train on")
     eval_split: str = flag("test", "split of --eval-data, if that is on the hub")
-    prompt_column: str = flag(None, "column with the problem; default: the first of problem, question, prompt, query", type=str)
-    answer_column: str = flag(None, "column with the gold answer; default: the first of answer, final_answer, reward_model, ...", type=str)
+    prompt_column: str = flag(None, "column with the problem; default: problem, question, prompt or query", type=str)
+    answer_column: str = flag(None, "column with the gold answer; default: answer, final_answer, reward_model, ...", type=str)
     system: str = flag("", "system message before each problem; the embedded model knows `style: long|short|direct`", real=BOXED)
     thinking: bool = flag(False, "let the chat template open a thinking block (Qwen3); off as in the BuPO paper")
-    eval_problems: int = flag(128, "held-out problems before and after: a standard error of about 0.03; 0 skips evaluation", low=0)
+    eval_problems: int = flag(128, "held-out problems before and after: a standard error of 0.03; 0 skips evaluation", low=0)
     eval_k: int = flag(8, "answers to each of them, at temperature 1", low=1)
-    micro_batch_tokens: int = flag(4096, "prompt and answer tokens in one forward pass: lower it when memory runs out", real=16384, low=1)
+    micro_batch_tokens: int = flag(1024, "tokens in one forward pass: lower it when memory runs out", real=16384, low=1)
     lora_rank: int = flag(0, "train adapters of this rank with peft instead of all weights; 0 trains all", low=0)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
-    dtype: str = flag("auto", "weights: float32 on a CPU, else bfloat16 with float32 masters", choices=("auto", "float32", "bfloat16"))
+    dtype: str = flag("auto", "of the weights: float32 on a CPU, else bfloat16 with float32 masters",
+                      choices=("auto", "float32", "bfloat16"))
     seed: int = flag(0, "draws data order and answers; on a CPU the same seed gives the same weights", low=0)
     output: str = flag(None, "folder of the run; default: runs/<script>, with a number if that exists", type=str)
     resume: str = flag(None, "folder of an interrupted run to go on with, flags and all", type=str)
@@ -52,7 +53,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def parse_flags(*classes, description: str, argv: list[str] | None = None) -> argparse.Namespace:
-    """Flags of all the dataclasses -> one namespace. Dashes or underscores. With --resume DIR the run's own flags are the defaults.
+    """Flags of all the dataclasses -> one namespace. Dashes or underscores. With --resume DIR the run's own are the defaults.
 
     Raises BadInput for an unknown flag or a value out of range.
     """
@@ -63,8 +64,10 @@ def parse_flags(*classes, description: str, argv: list[str] | None = None) -> ar
         names = dict.fromkeys([f"--{name.replace('_', '-')}", f"--{name}"])
         shown = field.default if meta["real"] == field.default else f"{field.default!r}; larger models: {meta['real']!r}"
         text = (f"{meta['help']} [{shown}]" if shown not in (None, "") else meta["help"]).replace("%", "%%")
-        kind = (dict(action=argparse.BooleanOptionalAction) if meta["type"] is bool else
-                dict(type=meta["type"], choices=meta["choices"], metavar=None if meta["choices"] else meta["type"].__name__.upper()))
+        metavar = None if meta["choices"] else meta["type"].__name__.upper()
+        kind = dict(type=meta["type"], choices=meta["choices"], metavar=metavar)
+        if meta["type"] is bool:
+            kind = dict(action=argparse.BooleanOptionalAction)
         parser.add_argument(*names, default=None, help=text, **kind)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     saved = read_saved_flags(given["resume"]) if given.get("resume") else {}
@@ -80,7 +83,8 @@ def check_range(name: str, value, meta) -> None:
     low, high, above = meta["low"], meta["high"], meta["above"]
     if isinstance(value, (int, float)) and not isinstance(value, bool) and not (
             (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)):
-        rule = " and ".join(f"{word} {bound}" for word, bound in (("at least", low), ("at most", high), ("above", above)) if bound is not None)
+        bounds = (("at least", low), ("at most", high), ("above", above))
+        rule = " and ".join(f"{word} {bound}" for word, bound in bounds if bound is not None)
         raise BadInput(f"--{name.replace('_', '-')} {value}: must be {rule}")
 
 

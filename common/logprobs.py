@@ -1,6 +1,6 @@
 """Log-probs of given answers under a model or under one of its internal layer policies, without a (B, T, V) tensor.
 
-    logp, entropy = response_logprobs(model, prompts, tokens, lengths)             # (B, T) each, zero outside the answers
+    logp, entropy = response_logprobs(model, rollout)             # (B, T) each, zero outside the answers
 
 Rows are prompt + answer, padded on the right: a causal model never looks there, so no attention mask is needed and padding
 changes nothing. Only the hidden states that predict answer tokens meet the vocabulary, a chunk at a time.
@@ -41,18 +41,19 @@ def token_logprobs(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Te
     return logp, entropy
 
 
-def response_logprobs(model, prompts: list[list[int]], tokens: torch.Tensor, lengths: torch.Tensor, temperature: float = 1.0,
-                      layer: int | None = None, final_norm: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs and entropies (B, T) of answers `tokens` (B, T; right-padded, `lengths` (B,) tokens) to `prompts` (B lists of ids).
+def response_logprobs(model, rollout, temperature: float = 1.0, layer: int | None = None,
+                      final_norm: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs and entropies (B, T) of a rollout's answers, nats, under the model as it is now; 0 outside the answers.
 
     layer=None is the model's own policy; a 1-based layer is that block's internal policy, and then no block above it is run.
-    Outside the answers both are 0. temperature divides the logits, as in sampling.
+    temperature divides the logits, as in sampling. Uses rollout.prompts, .tokens, .lengths and .mask.
     """
-    ids, predicts = join(prompts, tokens, lengths)                                                  # (B, S) each
-    hidden = hidden_states(model, ids, None, layer, final_norm)[predicts]                           # (N, D)
-    inside = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]                 # (B, T), N of them True
-    values = token_logprobs(hidden, causal_lm(model).lm_head.weight, tokens[inside], temperature)   # (N,) each
-    return tuple(torch.zeros(tokens.shape, device=tokens.device).masked_scatter(inside, value) for value in values)
+    ids, predicts = join(rollout.prompts, rollout.tokens, rollout.lengths)               # (B, S) each
+    hidden = hidden_states(model, ids, None, layer, final_norm)[predicts]                # (N, D)
+    inside = rollout.mask.bool()                                                         # (B, T), N of them True
+    weight = causal_lm(model).lm_head.weight                                             # (V, D)
+    values = token_logprobs(hidden, weight, rollout.tokens[inside], temperature)         # (N,) each
+    return tuple(torch.zeros_like(rollout.mask).masked_scatter(inside, value) for value in values)
 
 
 def micro_batches(rows: torch.Tensor, rollout, budget: int) -> list[torch.Tensor]:
@@ -75,6 +76,5 @@ def score(model, rollout, rows: torch.Tensor, budget: int, temperature: float = 
     """Log-probs (B, T) of a rollout's `rows` (numbers, (N,)) under the model as it is now; 0 in the other rows. No gradient."""
     logp = torch.zeros_like(rollout.logp)                                     # (B, T)
     for m in micro_batches(rows, rollout, budget):
-        logp[m], _ = response_logprobs(model, [rollout.prompts[i] for i in m], rollout.tokens[m], rollout.lengths[m],
-                                       temperature, layer, final_norm)
+        logp[m], _ = response_logprobs(model, rollout[m], temperature, layer, final_norm)
     return logp

@@ -1,4 +1,4 @@
-"""Models and tokenizers: the embedded one, a local folder or a hub id, all through transformers; and what a run will need of memory."""
+"""Models and tokenizers, all through transformers: the embedded one, a local folder or a hub id; and what memory a run needs."""
 import math
 import os
 import pathlib
@@ -15,7 +15,7 @@ TINY = pathlib.Path(__file__).parent / "tiny"
 
 
 def model_path(name: str) -> str:
-    """`tiny`, a model folder or a run's folder -> its path; anything else is taken as a hub id. BadInput for a path that is not there."""
+    """`tiny`, a model's or a run's folder -> its path; other names are hub ids. BadInput for a path that is not there."""
     if name == "tiny":
         return str(TINY)
     for folder in (pathlib.Path(name), pathlib.Path(name) / "model"):
@@ -136,7 +136,7 @@ def memory_plan(model, rows: int, tokens: int, micro_batch_tokens: int, max_rows
 
 
 def max_rows_for(model, tokens: int) -> int:
-    """How many answers of `tokens` tokens may be decoded at once: the cache takes at most half of what is free (8 GiB on a CPU)."""
+    """How many answers of `tokens` tokens are decoded at once: the cache takes at most half of what is free (8 GiB on a CPU)."""
     config, device = model.config, next(model.parameters()).device
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     row = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * tokens * next(model.parameters()).element_size()

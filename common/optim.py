@@ -1,4 +1,4 @@
-"""AdamW that keeps its own float32 copy of low-precision weights: at lr 1e-6 only one bfloat16 weight in fifty would move at all."""
+"""AdamW that keeps a float32 copy of low-precision weights: at lr 1e-6 only one bfloat16 weight in fifty would move at all."""
 import torch
 
 
@@ -30,7 +30,7 @@ class MasterAdamW:
 
     @torch.no_grad()
     def step(self, max_norm: float = 1.0) -> float:
-        """Clips the gradient to a global norm and updates -> the norm before clipping. A norm that is not finite updates nothing."""
+        """Clips the gradient to a global norm and updates -> the norm before clipping. If that is not finite, no update."""
         norm = torch.nn.utils.clip_grad_norm_(self.masters, max_norm).item()
         if norm - norm == 0 and norm > 0:
             self.adamw.step()

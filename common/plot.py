@@ -1,5 +1,6 @@
 """The learning curve of a run: reward, length and entropy a step, with the accuracy before and after."""
 import json
+import math
 import pathlib
 
 
@@ -13,7 +14,8 @@ def plot_run(folder: pathlib.Path) -> None:
     summary = json.loads((folder / "summary.json").read_text())
     steps = [row["step"] for row in rows]
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), constrained_layout=True)
-    for axis, (name, title) in zip(axes, (("reward", "share of answers right"), ("length", "tokens per answer"), ("entropy", "entropy, nats per token"))):
+    titles = {"reward": "share of answers right", "length": "tokens per answer", "entropy": "entropy, nats per token"}
+    for axis, (name, title) in zip(axes, titles.items()):
         values = [row.get(name, float("nan")) for row in rows]
         window = max(1, len(values) // 10)
         smooth = [sum(values[max(0, i - window + 1):i + 1]) / min(window, i + 1) for i in range(len(values))]
@@ -26,12 +28,88 @@ def plot_run(folder: pathlib.Path) -> None:
         for row, following in zip(rows, rows[1:]):
             if row.get("layer") != following.get("layer"):
                 axis.axvline(row["step"] + 0.5, color="black", linestyle=":", linewidth=1.5)
-                axis.annotate(f" layer {row['layer']} | whole model", (row["step"] + 0.5, 0.02), xycoords=("data", "axes fraction"), fontsize=10)
+                axis.annotate(f" layer {row['layer']} | whole model", (row["step"] + 0.5, 0.02),
+                              xycoords=("data", "axes fraction"), fontsize=10)
     if "avg_at_k_after" in summary:
         for when, x in (("before", 0), ("after", steps[-1])):
-            axes[0].errorbar(x, summary[f"avg_at_k_{when}"], summary[f"standard_error_{when}"], fmt="o", color="#D55E00", capsize=4,
-                             label="held-out, with standard error" if when == "before" else None)
+            axes[0].errorbar(x, summary[f"avg_at_k_{when}"], summary[f"standard_error_{when}"], fmt="o", color="#D55E00",
+                             capsize=4, label="held-out, with standard error" if when == "before" else None)
     axes[0].set_ylim(0, 1)
     axes[0].legend(fontsize=10, loc="upper left")
     figure.savefig(folder / "curve.png", dpi=110)
     plt.close(figure)
+
+
+def plot_internal(views: dict[str, dict], folder: pathlib.Path) -> None:
+    """flow.png, changes.png and cosines.png of common.internal_policy: all models in each, told apart by colour and by line.
+
+    views: {model: internal_view's, as lists, with "vocabulary": V and "boundary": {quantity: {tolerance: block or None}}}.
+    """
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    colours, dashes = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"), ("-", "--", "-.", ":")
+    looks = [dict(label=name, color=colours[i % 6], linestyle=dashes[i % 4], linewidth=2) for i, name in enumerate(views)]
+    titles = {"entropy": "as in the paper, un-normed", "final_norm": "control: with the final norm", "l2_norm": "control: size"}
+
+    def finish(figure, axes, name):
+        for axis in axes:
+            axis.grid(alpha=0.25)
+            axis.tick_params(labelsize=12)
+            axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+        axes[0].legend(fontsize=12)
+        figure.savefig(folder / name, dpi=110)
+        plt.close(figure)
+
+    # flow: a line through layer in -> attention -> FFN -> layer out takes block l from x = l - 1 to l, in thirds
+    figure, axes = plt.subplots(3, 1, figsize=(11, 11), sharex=True, constrained_layout=True)
+    for axis, quantity in zip(axes, titles):
+        for look, view in zip(looks, views.values()):
+            of = view[quantity]
+            line = [of["layer_in"][0]] + [y for three in zip(of["attn_out"], of["ffn_out"], of["layer_out"]) for y in three]
+            x = [i / 3 for i in range(len(line))]
+            step = 3 if quantity == "l2_norm" else 1  # the size of what a module adds is no station of the stream's
+            axis.plot(x[::step], line[::step], **look, alpha=0.6)
+            for start, mark, face in ((0, "o", look["color"]), (1, "^", "white"), (2, "s", "white")):
+                axis.plot(x[start::3], line[start::3], mark, color=look["color"], markersize=6, markerfacecolor=face)
+            if quantity != "l2_norm":
+                axis.axhline(math.log(view["vocabulary"]), color=look["color"], linestyle=":", linewidth=1)
+        axis.set_title(titles[quantity], fontsize=14)
+        axis.set_ylabel("L2 norm" if quantity == "l2_norm" else "entropy (nats per token)", fontsize=13)
+    axes[2].set_yscale("log")
+    axes[2].set_xlabel("block   (dots: layer in and out;  triangles: attention;  squares: FFN;  dotted line: ln V)", fontsize=14)
+    finish(figure, axes, "flow.png")
+
+    # changes: rows attention and FFN, columns as in the paper and with the final norm
+    figure, axes = plt.subplots(2, 2, figsize=(12, 8), sharex=True, constrained_layout=True)
+    for row, (module, what) in zip(axes, (("attn", "attention"), ("ffn", "FFN"))):
+        for axis, quantity in zip(row, ("entropy", "final_norm")):
+            for look, view in zip(looks, views.values()):
+                change = [out - into for out, into in zip(view[quantity][f"{module}_out"], view[quantity][f"{module}_in"])]
+                axis.plot(range(1, len(change) + 1), change, marker="o", **look)
+                boundary = view["boundary"][quantity][0.05]
+                if module == "ffn" and boundary:
+                    axis.axvline(boundary + 0.5, color=look["color"], linestyle=look["linestyle"], linewidth=1)
+            axis.axhline(0, color="black", linewidth=1)
+            axis.set_title(f"{what}, {titles[quantity]}", fontsize=14)
+            axis.set_ylabel("entropy out − in (nats)", fontsize=13)
+    for axis in axes[1]:
+        axis.set_xlabel("block (thin vertical line: end of the exploration region)", fontsize=12)
+    finish(figure, axes.flat, "changes.png")
+
+    # cosines: they know no size, so the control below is how large the module's output is beside the stream
+    figure, axes = plt.subplots(2, 2, figsize=(12, 8), sharex=True, constrained_layout=True)
+    for column, module, what, stream in zip(axes.T, ("attn", "ffn"), ("attention", "FFN"), ("H^{l-1}", "H^{l-1}+A^l")):
+        for look, view in zip(looks, views.values()):
+            blocks, size = range(1, len(view["cosine"][module]) + 1), view["l2_norm"]
+            column[0].plot(blocks, view["cosine"][module], marker="o", **look)
+            column[1].plot(blocks, [y / x for y, x in zip(size[f"{module}_out"], size["layer_in"])], marker="o", **look)
+        column[0].axhline(0, color="black", linewidth=1)
+        column[0].set_title(f"{what}: does it write along the stream?", fontsize=14)
+        column[0].set_ylabel(f"cos(${module[0].upper()}^l$, ${stream}$)", fontsize=13)
+        column[1].set_title("control: how much, mean size over mean size", fontsize=14)
+        column[1].set_ylabel(f"‖${module[0].upper()}^l$‖ / ‖$H^{{l-1}}$‖", fontsize=13)
+        column[1].set_ylim(bottom=0)
+        column[1].set_xlabel("block", fontsize=13)
+    finish(figure, axes.flat, "cosines.png")

@@ -14,10 +14,10 @@ import json
 import math
 import os
 import pathlib
+import platform
 import resource
 import shutil
 import signal
-import sys
 import time
 
 import torch
@@ -40,7 +40,7 @@ class Run:
         self.first, self.checkpoint, self.stopping = 0, None, False
         self.folder = pathlib.Path(cfg.resume or cfg.output or self.free_folder(name))
         if not cfg.resume and self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise BadInput(f"--output {self.folder}: holds something already; choose another folder, or go on with --resume {self.folder}")
+            raise BadInput(f"--output {self.folder}: holds something already; take another folder, or --resume {self.folder}")
         if cfg.resume:
             found = sorted((self.folder / "checkpoints").glob("step-*"))
             if not found:
@@ -58,9 +58,10 @@ class Run:
         """Makes the folder, or brings an old one back to its checkpoint: rows of steps that will be done again are dropped."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            versions = {"torch": torch.__version__, "transformers": transformers.__version__, "python": sys.version.split()[0]}
-            write_atomically(self.folder / "config.json", json.dumps(
-                {"script": self.name, "flags": {**vars(self.cfg), "resume": None, "output": str(self.folder)}, "versions": versions}, indent=1))
+            write_atomically(self.folder / "config.json", json.dumps({
+                "script": self.name, "flags": {**vars(self.cfg), "resume": None, "output": str(self.folder)},
+                "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()},
+            }, indent=1))
         except OSError as error:
             raise BadInput(f"--output {self.folder}: cannot write there ({error.strerror})") from error
         metrics = self.folder / "metrics.jsonl"
@@ -69,7 +70,7 @@ class Run:
         write_atomically(metrics, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def steps(self):
-        """Yields the steps that remain, 0-based. The folder is made here: whatever a script checks before it leaves nothing behind."""
+        """Yields the steps that remain, 0-based. The folder is made here: what a script checks before leaves nothing behind."""
         cfg = self.cfg
         self.begin()
         if self.held_out and "avg_at_k_before" not in self.summary:
@@ -86,7 +87,7 @@ class Run:
                     self.save(step + 1)
                 if self.stopping and step + 1 < cfg.steps:
                     self.bar.close()
-                    print(f"stopped after step {step + 1}, nothing is lost. Go on with: python {self.name}.py --resume {self.folder}")
+                    print(f"stopped after step {step + 1}, nothing is lost; go on: python {self.name}.py --resume {self.folder}")
                     raise SystemExit(130)
         finally:
             self.bar.close()
@@ -130,7 +131,8 @@ class Run:
         if gaps:
             gap = torch.cat(gaps).abs()
             row |= {"gap_mean": gap.mean().item(), "gap_max": gap.max().item()}
-        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else
+                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         row |= values | {f"seconds_{part}": s for part, s in self.seconds.items()} | {"peak_gb": peak / 2**30}
         row = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()}
         self.rows.append(row)
@@ -144,9 +146,12 @@ class Run:
         """Says once what a row shows to be wrong."""
         first = next((r["entropy"] for r in self.rows if "entropy" in r), math.inf)
         for key, seen, line in (
-            ("truncated", row.get("truncated", 0) > 0.5, "over half of the answers hit --max-new-tokens before they ended: they count as wrong; raise it"),
-            ("signal", row.get("no_signal", 0) > 0.8, "in over 80 % of the groups all answers are right or all wrong: nothing to learn there; other problems or more samples"),
-            ("entropy", row.get("entropy", first) < 0.1 * first, "the entropy has fallen below a tenth of its start: the model repeats itself; lower --lr"),
+            ("truncated", row.get("truncated", 0) > 0.5,
+             "over half of the answers hit --max-new-tokens before they ended and count as wrong: raise it"),
+            ("signal", row.get("no_signal", 0) > 0.8,
+             "in over 80 % of the groups all answers are right or all wrong, nothing to learn: other problems or larger groups"),
+            ("entropy", row.get("entropy", first) < 0.1 * first,
+             "the entropy has fallen below a tenth of its start, the model repeats itself: lower --lr"),
             ("finite", not math.isfinite(row.get("grad_norm", 0.0)), "the gradient is not finite: this update was left out"),
         ):
             if seen and key not in self.notes:
@@ -156,7 +161,8 @@ class Run:
     def measure(self, when: str) -> dict:
         """Evaluates on the held-out problems, prints the line, keeps it in summary.json."""
         cfg = self.cfg
-        result = evaluate(self.model, self.tokenizer, self.held_out, cfg.eval_k, cfg.max_new_tokens, seed=10_000, label=f"evaluating {when}")
+        result = evaluate(self.model, self.tokenizer, self.held_out, cfg.eval_k, cfg.max_new_tokens, seed=10_000,
+                          label=f"evaluating {when}")
         print(f"{when + ':':7} {describe(result)}", flush=True)
         self.summary |= {f"avg_at_k_{when}": result["avg_at_k"], f"standard_error_{when}": result["standard_error"],
                          f"pass_at_{when}": result["pass_at"], f"length_{when}": result["length"], "k": cfg.eval_k}
@@ -189,11 +195,13 @@ class Run:
                            math.hypot(self.summary["standard_error_after"], self.summary["standard_error_before"]))
             print(f"change: {gain:+.3f} ± {error:.3f}\n")
             for row in result["answers"][:3]:
-                print(f"  {str(row['problem'])[-300:]}  gold {row['answer']}\n    {'right' if row['correct'][0] else 'wrong'}: {row['responses'][0][:600]}")
-        self.summary |= {"seconds": round(self.summary.get("seconds", 0) + time.time() - self.started, 1), "steps": self.cfg.steps}
+                verdict = "right" if row["correct"][0] else "wrong"
+                print(f"  {str(row['problem'])[-300:]}  gold {row['answer']}\n    {verdict}: {row['responses'][0][:600]}")
+        seconds = self.summary.get("seconds", 0) + time.time() - self.started
+        self.summary |= {"seconds": round(seconds, 1), "steps": self.cfg.steps}
         write_atomically(self.folder / "summary.json", json.dumps(self.summary, indent=1))
         plot_run(self.folder)
-        print(f"\nmodel: {self.folder}/model (save_pretrained)   metrics: {self.folder}/metrics.jsonl   figure: {self.folder}/curve.png")
+        print(f"\nmodel: {self.folder}/model   metrics: {self.folder}/metrics.jsonl   figure: {self.folder}/curve.png")
 
 
 def start(cfg, name: str) -> Run:
@@ -216,9 +224,10 @@ def start(cfg, name: str) -> Run:
         run.optimizer.load_state_dict(torch.load(run.checkpoint / "optimizer.pt", map_location="cpu", weights_only=True))
     run.model.train()  # for gradient checkpointing; sampling switches to eval by itself
     lm, first = causal_lm(run.model), run.train[0]
+    weight = next(lm.parameters())
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    print(f"model: {cfg.model}, {lm.config.model_type}, {lm.num_parameters() / 1e6:.1f} M parameters ({trained / 1e6:.1f} M trained), "
-          f"{lm.config.num_hidden_layers} blocks, {next(lm.parameters()).dtype} on {next(lm.parameters()).device}, {torch.get_num_threads()} thread(s)")
+    print(f"model: {cfg.model}, {lm.config.model_type}, {lm.num_parameters() / 1e6:.1f} M parameters ({trained / 1e6:.2f} M trained), "
+          f"{lm.config.num_hidden_layers} blocks, {weight.dtype} on {weight.device}, {torch.get_num_threads()} thread(s)")
     print(f"data:  {cfg.data}, {len(run.train)} problems to train on, {len(run.held_out)} held out")
     print(f"first prompt ({len(first['prompt'])} tokens): {run.tokenizer.decode(first['prompt'])!r} -> gold {first['answer']!r}")
     rows, tokens = cfg.prompts_per_step * cfg.group_size, cfg.max_new_tokens + max(len(row["prompt"]) for row in run.train)

@@ -7,7 +7,7 @@ The log-probs are those of the full softmax at the sampling temperature: the dis
 (common/logprobs.py), so the two can be compared at every step. With top_p < 1 tokens come from a smaller set while logp keeps
 the full softmax: fine for evaluation, biased for a policy gradient.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
@@ -26,6 +26,11 @@ class Rollout:
     entropy: torch.Tensor      # (B, T) entropy of the distribution each token was drawn from, nats
     finished: torch.Tensor     # (B,) whether the answer ended with a stop token
     texts: list[str]           # decoded, special tokens left out
+
+    def __getitem__(self, rows: torch.Tensor) -> "Rollout":
+        """The rows with these numbers (b,). T stays what it was, so that they line up with other tensors of the rollout."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Rollout(**{k: v[rows] if torch.is_tensor(v) else [v[i] for i in rows] for k, v in values.items()})
 
 
 def join(prompts: list[list[int]], tokens: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,7 +77,7 @@ def keep_top_p(logp: torch.Tensor, top_p: float) -> torch.Tensor:
     return logp.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def decode(model, prompts: list[list[int]], rows: torch.Tensor, max_new_tokens: int, temperature: float, top_p: float,
            stop: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
     """Answers for prompts[rows[r]], r = 0..R-1 -> tokens, logp, entropy (R, T) and lengths, finished (R,)."""
@@ -86,7 +91,7 @@ def decode(model, prompts: list[list[int]], rows: torch.Tensor, max_new_tokens: 
         layer.batch_select_indices(rows)
     hidden = hidden[rows]                                                                                   # (R, D)
     visible = torch.cat([seen[rows].bool(), rows.new_ones(R, max_new_tokens).bool()], 1)                    # (R, S+T)
-    position = seen.sum(-1)[rows]                                                                           # (R,) of the next token
+    position = seen.sum(-1)[rows]                                                                           # (R,) of the next
     tokens = rows.new_zeros(R, max_new_tokens)                                                              # (R, T)
     logp, entropy = hidden.new_zeros(2, R, max_new_tokens, dtype=torch.float32)                             # (R, T) each
     lengths, finished = torch.full_like(rows, max_new_tokens), torch.zeros_like(rows).bool()                # (R,)

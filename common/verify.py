@@ -68,8 +68,9 @@ GREEK = dict(zip("αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦ
     "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi chi psi omega "
     "Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega").split()))
 UNICODE = str.maketrans({letter: f"\\{name} " for letter, name in GREEK.items()} | {
-    "√": r"\sqrt ", "∞": r"\infty ", "∅": r"\emptyset ", "½": r"\frac12 ", "¼": r"\frac14 ", "¾": r"\frac34 ", "ℝ": r"\mathbb{R}",
-    "×": "*", "·": "*", "⋅": "*", "÷": "/", "⁄": "/", "−": "-", "–": "-", "’": "'", "′": "'", "€": "", "£": "", '"': "", "~": " "})
+    "√": r"\sqrt ", "∞": r"\infty ", "∅": r"\emptyset ", "½": r"\frac12 ", "¼": r"\frac14 ", "¾": r"\frac34 ",
+    "ℝ": r"\mathbb{R}", "×": "*", "·": "*", "⋅": "*", "÷": "/", "⁄": "/", "−": "-", "–": "-", "’": "'", "′": "'",
+    "€": "", "£": "", '"': "", "~": " "})
 SYNONYMS = {old: new for new, olds in {
     "*": "cdot times ast", "/": "div", "≤": "le leq leqslant", "≥": "ge geq geqslant", "<": "lt", ">": "gt", "≠": "ne neq",
     "≈": "approx", "∈": "in", "∪": "cup", "±": "pm", "∓": "mp", "°": "degree degrees circ", "|": "vert lvert rvert", "'": "prime",
@@ -100,7 +101,7 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in [
     (r"\\mathbb\s*\{R\}(?!\s*[_^])", r"(-\\infty ,\\infty )"),
     (r"\\((?:d?dot|(?:wide)?hat|(?:wide)?tilde|bar|math(?:bb|cal|frak))\b|(?<![\d.]\\)overline)\s*\{", r"\\\1_{"),
     (r"<=", "≤"), (r">=", "≥"), (r"!=", "≠"), (r"\*\*", "^"), (r"\b(?:np|math)\.(?=[a-z])", ""), (r"\s+", " "),
-    (r"(\d*)\.(\d*) ?\\overline ?\{(\d+)\}",                                    # 0.1\overline{6} is 0.1 + 6/90
+    (r"(?<!\d)(\d*)\.(\d*) ?\\overline ?\{(\d+)\}",                             # 0.1\overline{6} is 0.1 + 6/90
      lambda m: f"({m[1]}.{m[2]}0+{m[3]}/{'9' * len(m[3])}{'0' * len(m[2])})"),
     (r"(?<![\w.^}])(\d+) ?(?:\\frac ?(?:\{(\d+)\}|(\d)) ?(?:\{(\d+)\}|(\d))|(?<= )(\d+) ?/ ?(\d+))", mixed),
 ]]
@@ -108,7 +109,7 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in [
 
 def normalize(s: str) -> str:
     """One spelling for each symbol; no layout, currency, percent signs or thousands separators."""
-    s = re.sub(r"[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+", lambda m: f"^{{{m[0]}}}", s).translate(UNICODE)
+    s = re.sub(r"[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+", lambda m: f"^{{{m[0]}}}", " ".join(s.split())).translate(UNICODE)
     folded = unicodedata.normalize("NFKC", s)
     s = folded.translate(UNICODE) if len(folded) <= 2 * MAX_CHARS else s   # one character can become 18
     for pattern, new in REWRITES:
@@ -125,18 +126,18 @@ FUNCTIONS = {"sin": mp.sin, "cos": mp.cos, "tan": mp.tan, "sinh": mp.sinh, "cosh
              "arcsin": mp.asin, "arccos": mp.acos, "arctan": mp.atan, "ln": mp.ln, "log": mp.ln,
              "cot": lambda x: 1 / mp.tan(x), "sec": lambda x: 1 / mp.cos(x), "csc": lambda x: 1 / mp.sin(x)}
 WORDS = {*FUNCTIONS, "pi", "sqrt", "infty"}
-NAMES = {"\\" + name for name in {*GREEK.values(), "ell", "hbar", "aleph", "odot", "dot", "ddot", "hat", "widehat", "bar", "tilde",
-                                  "widetilde", "overline", "mathbb", "mathcal", "mathfrak"} - {"pi"}}
+NAMES = {"\\" + name for name in [*GREEK.values(), *(
+    "ell hbar aleph odot dot ddot hat widehat bar tilde widetilde overline mathbb mathcal mathfrak".split())] if name != "pi"}
 UNITS = set("cm mm km kg mg ml mL ft in lb lbs oz mph hr hrs yd sq per deg usd USD".split())
 OPENING, CLOSING = "([{⦃⟦", ")]}⦄⟧"
-TOKEN = re.compile(r"""(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)? | _\s*(?:\{(?:[^{}]|\{[^{}]*\})*\}|\\?\w+?\b|\w) | "[^"]*" | \\?[A-Za-z]+ | \\. | \S""",
-                   re.VERBOSE | re.ASCII)
+TOKEN = re.compile(r"""(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)? | _\s*(?:\{(?:[^{}]|\{[^{}]*\})*\}|\\[A-Za-z]+|\d+|\w)
+    | "[^"]*" | \\?[A-Za-z]+ | \\. | \S""", re.VERBOSE | re.ASCII)
 SUM, PRODUCT, POWER, END = 1, 2, 3, " "   # how tightly operators bind
 BINDING = {"+": SUM, "-": SUM, "*": PRODUCT, "/": PRODUCT, "^": POWER, "!": POWER, "°": POWER}
 
 
 def tokenize(s: str) -> list[str]:
-    """Numbers, single letters and \\macros with their subscripts and primes, text after an opening quote, other characters."""
+    r"""Numbers, single letters and \macros with their subscripts and primes, text after an opening quote, other characters."""
     tokens: list[str] = []
     for m in TOKEN.finditer(s):
         word = m[0].strip('"')
@@ -259,14 +260,14 @@ class Evaluator:
         return plus(x, -y if op == "-" else y) if op in "+-" else times(x, 1 / y if op == "/" else y)
 
     def starts_operand(self) -> bool:
-        """Whether the next token continues a product without an operator: 2x, 3(x+1), x\\sqrt2."""
+        r"""Whether the next token continues a product without an operator: 2x, 3(x+1), x\sqrt2."""
         if is_number(self.next) and is_number(self.tokens[self.i - 1]):   # "3 4" is not a product
             raise ValueError
         return self.next[0].isalnum() or (self.next[0] in ".\\" and len(self.next) > 1) or self.next in "([{" or (
             self.next == "|" and not self.bars)
 
     def units(self) -> None:
-        """Skip a trailing unit: \\text{ cm}^2, \\text{m}/\\text{s}, square feet."""
+        r"""Skip a trailing unit: \text{ cm}^2, \text{m}/\text{s}, square feet."""
         while self.next[0] == '"':
             if re.search(r"(?<![\^A-Za-z])\d", self.take()):   # "5 \text{ or 6}" holds no unit
                 raise ValueError
@@ -277,7 +278,7 @@ class Evaluator:
             raise ValueError
 
     def argument(self, digit: bool = False) -> Number:
-        """What follows ^, \\frac or \\sqrt: a group or one token; with digit, only the first digit of a number (\\frac12)."""
+        r"""What follows ^, \frac or \sqrt: a group or one token; with digit, only the first digit of a number (\frac12)."""
         negative = self.skip("-")
         if digit and is_number(self.next):
             token = self.take()
@@ -324,7 +325,7 @@ class Evaluator:
 
     def name(self, name: str) -> Number:
         """A variable with subscript and primes, or a call: f(x+1), I(0), u(x, t). But x(x+1) is a product."""
-        simple = re.match(r"\( ATOM (?:, ATOM )*\)".replace("ATOM", r"(?:\\?[A-Za-z]+|[\d.]+)"), " ".join(self.tokens[self.i:self.i + 12]))
+        simple = re.match(r"\( [\\\w.]+ (?:, [\\\w.]+ )*\)", " ".join(self.tokens[self.i:self.i + 12]))
         if self.next != "(" or not (simple or name[0] in "fg" or "'" in name):
             return symbol(name, self.point)
         while name[-1:] != ")":   # an unknown function: a value that depends on its name and arguments only
@@ -369,6 +370,14 @@ def close(x: Number | None, y: Number | None) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------------------------ equality
+RELATIONS = "=≈<>≤≥≠∈"
+SUBSCRIPT = r"(?:_\w|_\{[^{}]*\})?'*"
+VARIABLE = re.compile(rf"(?:\\[A-Za-z]+|[A-Za-z]){SUBSCRIPT}")
+NAME = rf"""(?:\\?[A-Za-z]+|"[^"]*"){SUBSCRIPT}"""
+LABEL = re.compile(rf"{NAME}(?: ?\([^()]*\))?|\( ?{NAME}(?: ?, ?{NAME})* ?\)|[A-Za-z ]+")   # x, f(2), AB, (x, y), Total area
+LOOSE_LABEL = re.compile(r"""(?=.*[A-Za-z])(?:[A-Za-z\\+*/|()'" -]|_\w|_\{[^{}]*\})+""")   # m + n: names without numbers
+
+
 def split(s: str, separators: str) -> tuple[list[str], str]:
     """The parts of s between separators outside all brackets, and these separators."""
     parts, found, depth, start = [], "", 0, 0
@@ -389,7 +398,7 @@ def inside(s: str, brackets: str) -> str | None:
 
 
 def items(s: str) -> list[str]:
-    """The members of a list, set or union; any other answer is a list of one. \\pm gives two."""
+    """The members of a list, set or union; any other answer is a list of one. ± gives two."""
     if "±" in s or "∓" in s:
         both = (s.replace("±", "+").replace("∓", "-"), s.replace("±", "-").replace("∓", "+"))
         return list(dict.fromkeys(item for reading in both for item in items(reading)))
@@ -426,9 +435,6 @@ def same(a: str, g: str) -> bool:
     return all(close(value(a, p), value(g, p)) for p in range(7 if "|" in a + g else 3))
 
 
-RELATIONS = "=≈<>≤≥≠∈"
-
-
 def same_relation(a: list[str], a_ops: str, g: list[str], g_ops: str) -> bool:
     """Equations and inequalities up to a factor; a relation against a value: what it states. (Parts and operators of both.)"""
     flip = str.maketrans("<≤>≥", ">≥<≤")
@@ -446,15 +452,8 @@ def same_relation(a: list[str], a_ops: str, g: list[str], g_ops: str) -> bool:
     if a_ops in "=≠" and same(a[0], g[1]) and same(a[1], g[0]):
         return True
     pairs = [(value(f"({a[0]})-({a[1]})", p), value(f"({g[0]})-({g[1]})", p)) for p in range(3)]
-    if not all(x and y for x, y in pairs):
-        return False
-    ratios = [inexact(x) / inexact(y) for x, y in pairs]
-    return all(close(r, ratios[0]) for r in ratios) and (a_ops in "=≠" or mp.re(ratios[0]) > 0)
-
-
-ATOM = r"""(?:\\?[A-Za-z]+|"[^"]*")(?:_\w|_\{[^{}]*\})?'*"""
-LABEL = re.compile(rf"{ATOM}(?: ?\([^()]*\))?|\( ?{ATOM}(?: ?, ?{ATOM})* ?\)|[A-Za-z ]+")
-LOOSE_LABEL = re.compile(r"""(?=.*[A-Za-z])(?:[A-Za-z\\+*/|()'" -]|_\w|_\{[^{}]*\})+""")   # no two repetitions nested: linear time
+    ratios = [inexact(x) / inexact(y) for x, y in pairs if x and y] or [mp.mpf(0)]
+    return all(0 < abs(r) < mp.inf and close(r, ratios[0]) for r in ratios) and (a_ops in "=≠" or mp.re(ratios[0]) > 0)
 
 
 def is_constant(s: str) -> bool:
@@ -463,7 +462,8 @@ def is_constant(s: str) -> bool:
 
 def stated(parts: list[str], ops: str, strict: bool) -> str | None:
     """What a relation says: x = 5 says 5, x ∈ A says A, 2 < x ≤ 3 says (2, 3]; None if it does not state a value."""
-    labelled = bool(LABEL.fullmatch(parts[0]) or (not strict and LOOSE_LABEL.fullmatch(parts[0])))
+    loosely = not strict and parts[-1] != "0" and LOOSE_LABEL.fullmatch(parts[0])   # y' + y = 0 states no value
+    labelled = bool(loosely or LABEL.fullmatch(parts[0]))
     if set(ops) <= {"=", "≈"}:
         rounded = ops.find("≈", labelled)   # \sqrt2 ≈ 1.41 says \sqrt2
         last = parts[rounded] if rounded >= 0 else parts[-1]
@@ -472,8 +472,8 @@ def stated(parts: list[str], ops: str, strict: bool) -> str | None:
         return parts[1]
     if set(ops) <= {"<", "≤"}:
         if len(ops) == 1:   # one end is infinite
-            ops, parts = ("<" + ops, [r"-\infty", *parts]) if LABEL.fullmatch(parts[0]) else (ops + "<", [*parts, r"\infty"])
-        if len(ops) == 2 and LABEL.fullmatch(parts[1]):
+            ops, parts = ("<" + ops, [r"-\infty", *parts]) if VARIABLE.fullmatch(parts[0]) else (ops + "<", [*parts, r"\infty"])
+        if len(ops) == 2 and VARIABLE.fullmatch(parts[1]):
             return f"{'[' if ops[0] == '≤' else '('}{parts[0]},{parts[2]}{']' if ops[1] == '≤' else ')'}"
     return None
 
@@ -523,7 +523,7 @@ def reward(text: str, gold: str) -> float:
 
 
 def parses(gold: str) -> bool:
-    """Whether a gold answer can be compared at all, by value or as a string: not empty, not over the length limit."""
+    """Whether a gold answer can be compared at all, by value or as a string: not empty, not too long. Never raises."""
     return len(gold) <= MAX_CHARS and bool(normalize(gold))
 
 
@@ -533,7 +533,8 @@ def main(path: str) -> None:
         rows = [json.loads(line) for line in file]
     start = time.perf_counter()
     wrong = [row["expect"] for row in rows if (reward(row["pred"], row["gold"]) == 1) != row["expect"]]
-    print(f"{len(rows)} pairs, {len(rows) / (time.perf_counter() - start):.0f} per second, {1 - len(wrong) / len(rows):.2%} right; "
+    rate = len(rows) / (time.perf_counter() - start)
+    print(f"{len(rows)} pairs, {rate:.0f} per second, {1 - len(wrong) / len(rows):.2%} right; "
           f"wrongly accepted {wrong.count(False)}, wrongly rejected {wrong.count(True)}")
 
 

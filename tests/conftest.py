@@ -2,8 +2,9 @@
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen3Config,
-                          Qwen3ForCausalLM)
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from common.sampling import Rollout
 
 torch.set_num_threads(1)
 
@@ -23,6 +24,13 @@ def random_model(kind: str, vocab_size: int = 97, layers: int = 4, tie: bool = F
                          num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=tie, eos_token_id=1, pad_token_id=0,
                          bos_token_id=None, initializer_range=0.3, **extra))
     return built.eval()
+
+
+def rollout_of(prompts, lengths, T=6):
+    """Random answers of the given lengths, as the sampler would hand them over."""
+    tokens = torch.randint(2, 97, (len(prompts), T), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(T) < lengths[:, None]).float()
+    return Rollout(prompts, tokens * mask.long(), lengths, mask, mask * 0, mask * 0, lengths > 0, [""] * len(prompts))
 
 
 def byte_level_tokenizer():

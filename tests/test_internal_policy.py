@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from conftest import random_model
+from conftest import random_model, rollout_of
 
 from common import internal_policy as ip
 from common.logprobs import response_logprobs
@@ -56,7 +56,7 @@ def test_who_gets_a_gradient(kind, tie):
     model, ran = random_model(kind, tie=tie), []
     for number, block in enumerate(model.model.layers, 1):
         block.register_forward_hook(lambda _m, _a, _o, number=number: ran.append(number))
-    logp, _ = response_logprobs(model, [[5, 6], [7]], torch.tensor([[8, 9], [10, 0]]), torch.tensor([2, 1]), layer=2)
+    logp, _ = response_logprobs(model, rollout_of([[5, 6], [7]], torch.tensor([2, 1]), T=2), layer=2)
     logp.sum().backward()
     assert ran == [1, 2]
     for name, p in model.named_parameters():

@@ -3,21 +3,21 @@ import math
 
 import pytest
 import torch
-from conftest import random_model
+from conftest import random_model, rollout_of
 
 import grpo
 from common.logprobs import micro_batches, response_logprobs, score, token_logprobs
 from common.optim import MasterAdamW
-from common.sampling import Rollout
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]]
 LENGTHS = torch.tensor([4, 6, 1, 3])
 
 
-def rollout_of(prompts=PROMPTS, lengths=LENGTHS, T=6):
-    tokens = torch.randint(2, 97, (len(prompts), T), generator=torch.Generator().manual_seed(0))
-    mask = (torch.arange(T) < lengths[:, None]).float()
-    return Rollout(prompts, tokens * mask.long(), lengths, mask, mask * 0, mask * 0, lengths > 0, [""] * len(prompts))
+def alone_in_batch(rollout, b, k):
+    """Row b without the batch and without padding."""
+    part = rollout[torch.tensor([b])]
+    part.tokens, part.mask = part.tokens[:, :k], part.mask[:, :k]
+    return part
 
 
 def test_token_logprobs_by_hand():
@@ -51,17 +51,17 @@ def test_chunks_change_nothing():
 @pytest.mark.parametrize("layer", [None, 2])
 def test_padding_changes_nothing(kind, layer):
     """Each row alone, without a single pad token, gives what it gives in a padded batch; outside the answer all is zero."""
-    model, rollout = random_model(kind), rollout_of()
-    batch, _ = response_logprobs(model, rollout.prompts, rollout.tokens, rollout.lengths, layer=layer)
-    for b, (prompt, k) in enumerate(zip(PROMPTS, LENGTHS.tolist())):
-        alone, _ = response_logprobs(model, [prompt], rollout.tokens[b:b + 1, :k], rollout.lengths[b:b + 1], layer=layer)
+    model, rollout = random_model(kind), rollout_of(PROMPTS, LENGTHS)
+    batch, _ = response_logprobs(model, rollout, layer=layer)
+    for b, k in enumerate(LENGTHS.tolist()):
+        alone, _ = response_logprobs(model, alone_in_batch(rollout, b, k), layer=layer)
         assert torch.allclose(alone[0], batch[b, :k], atol=1e-5) and (batch[b, k:] == 0).all()
 
 
 def test_against_a_plain_forward():
     """The log-prob of answer token t is log_softmax of the logits one position earlier."""
-    model, rollout = random_model("llama"), rollout_of()
-    logp, _ = response_logprobs(model, rollout.prompts, rollout.tokens, rollout.lengths, temperature=0.8)
+    model, rollout = random_model("llama"), rollout_of(PROMPTS, LENGTHS)
+    logp, _ = response_logprobs(model, rollout, temperature=0.8)
     ids = torch.tensor([PROMPTS[0] + rollout.tokens[0, :4].tolist()])
     plain = (model(ids).logits[0] / 0.8).log_softmax(-1)
     assert logp[0, :4].tolist() == pytest.approx([plain[2 + t, ids[0, 3 + t]].item() for t in range(4)], abs=1e-5)
@@ -74,14 +74,14 @@ def gradients(model, rollout, budget, aggregation):
     model.zero_grad()
     parts = micro_batches(torch.arange(B), rollout, budget)
     for m in parts:
-        logp, _ = response_logprobs(model, [rollout.prompts[i] for i in m], rollout.tokens[m], rollout.lengths[m])
+        logp, _ = response_logprobs(model, rollout[m])
         grpo.grpo_loss(logp, logp.detach() + 0.05, advantages[m], rollout.mask[m], denominator=denominator[m])[0].backward()
     return len(parts), torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
 @pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
 def test_micro_batches_change_nothing(aggregation):
-    model, rollout = random_model("qwen3"), rollout_of()
+    model, rollout = random_model("qwen3"), rollout_of(PROMPTS, LENGTHS)
     one, whole = gradients(model, rollout, 10_000, aggregation)
     two, halves = gradients(model, rollout, 14, aggregation)
     four, singles = gradients(model, rollout, 1, aggregation)
@@ -91,29 +91,29 @@ def test_micro_batches_change_nothing(aggregation):
 
 def test_micro_batches_keep_to_the_budget():
     """Rows of 7, 7, 6, 5 tokens with a budget of 14: two of 7 fill it, then 6 + 5 in two rows of 6."""
-    parts = micro_batches(torch.arange(4), rollout_of(), 14)
+    parts = micro_batches(torch.arange(4), rollout_of(PROMPTS, LENGTHS), 14)
     assert sorted(map(sorted, (part.tolist() for part in parts))) == [[0, 1], [2, 3]]
-    assert [part.tolist() for part in micro_batches(torch.tensor([], dtype=torch.long), rollout_of(), 14)] == []
+    assert [part.tolist() for part in micro_batches(torch.tensor([], dtype=torch.long), rollout_of(PROMPTS, LENGTHS), 14)] == []
 
 
 def test_the_stop_token_is_trained():
     """Row 0's last token has a gradient on its log-prob, -A / 14 with 14 tokens in all, as every other token of the answer."""
-    model, rollout = random_model("qwen3"), rollout_of()
-    logp, _ = response_logprobs(model, rollout.prompts, rollout.tokens, rollout.lengths)
+    model, rollout = random_model("qwen3"), rollout_of(PROMPTS, LENGTHS)
+    logp, _ = response_logprobs(model, rollout)
     logp.retain_grad()
     grpo.grpo_loss(logp, logp.detach(), torch.tensor([1.0, -0.5, 2.0, -1.5]), rollout.mask)[0].backward()
     assert logp.grad[0].tolist() == pytest.approx([-1 / 14] * 4 + [0, 0])
 
 
 def test_score_is_response_logprobs_of_the_chosen_rows():
-    model, rollout = random_model("llama"), rollout_of()
-    plain, _ = response_logprobs(model, rollout.prompts, rollout.tokens, rollout.lengths, layer=1)
+    model, rollout = random_model("llama"), rollout_of(PROMPTS, LENGTHS)
+    plain, _ = response_logprobs(model, rollout, layer=1)
     scored = score(model, rollout, torch.tensor([3, 0]), budget=7, layer=1)
     assert torch.allclose(scored[[0, 3]], plain[[0, 3]], atol=1e-5) and (scored[[1, 2]] == 0).all() and not scored.requires_grad
 
 
 def test_gradient_checkpointing_changes_nothing():
-    model, rollout = random_model("qwen3"), rollout_of()
+    model, rollout = random_model("qwen3"), rollout_of(PROMPTS, LENGTHS)
     _, plain = gradients(model, rollout, 10_000, "token")
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})

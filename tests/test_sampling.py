@@ -30,8 +30,8 @@ def test_sampler_and_trainer_agree(kind, temperature, tokenizer):
     """Log-probs and entropies of the same tokens, once from the cache, left-padded and shrinking, once from a plain forward."""
     model = random_model(kind, vocab_size=len(tokenizer))
     model.generation_config.eos_token_id = list(range(60, 70))  # several stop tokens, so that answers end at different times
-    rollout = sample(model, tokenizer, PROMPTS, n=8, max_new_tokens=90, temperature=temperature, seed=3)
-    logp, entropy = response_logprobs(model, rollout.prompts, rollout.tokens, rollout.lengths, temperature)
+    rollout = sample(model, tokenizer, PROMPTS, n=8, max_new_tokens=40, temperature=temperature, seed=3)
+    logp, entropy = response_logprobs(model, rollout, temperature)
     assert 0 < rollout.finished.float().mean() < 1  # both ends happen
     assert (logp - rollout.logp).abs().max() < 1e-4 and (entropy - rollout.entropy).abs().max() < 1e-4
 

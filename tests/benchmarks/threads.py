@@ -27,7 +27,7 @@ for step in range(3):
         started = time.perf_counter()
     rollout = sample(model, tokenizer, prompts, 16, 80, seed=step)
     for m in micro_batches(torch.arange(128), rollout, 4096):
-        logp, _ = response_logprobs(model, [rollout.prompts[i] for i in m], rollout.tokens[m], rollout.lengths[m])
+        logp, _ = response_logprobs(model, rollout[m])
         (logp.sum() / 5000).backward()
 print((time.perf_counter() - started) / 2)
 """
