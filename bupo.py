@@ -114,7 +114,7 @@ def token_denominator(how: str, lengths: torch.Tensor, max_new_tokens: int) -> t
 
 @dataclass
 class Config:
-    steps: int = flag(40, "rollouts; the paper: 300", real=300, low=1)
+    steps: int = flag(32, "rollouts; the paper: 300", real=300, low=1)
     prompts_per_step: int = flag(8, "problems a rollout; the paper: 128", real=128, low=1)
     group_size: int = flag(16, "answers to each problem; the paper: 8. Small models need more for a mixed group", real=8, low=2)
     max_new_tokens: int = flag(80, "longest answer in tokens; the authors' script: 8192", real=2048, low=1)
@@ -129,7 +129,7 @@ class Config:
     dual_clip: float = flag(None, "bound on the loss of bad tokens, in advantages; the authors' code: 10", type=float, above=1)
     kl_coef: float = flag(0.0, "weight of the KL to the initial model; the paper: 0", low=0)
     layer: str = flag("auto", "block whose policy the first phase trains, 1 = lowest; auto: end of the exploration region")
-    internal_steps: int = flag(4, "rollouts of the first phase, a tenth of the run as in the paper; many more ruin the model",
+    internal_steps: int = flag(3, "rollouts of the first phase, a tenth of the run as in the paper; many more ruin the model",
                                real=30, low=0)
     final_norm: bool = flag(False, "apply the model's last norm to the layer: the paper's ablation, worse there")
     truncated: str = flag("zero", "answers cut at --max-new-tokens: reward 0, or left out of the loss", choices=("zero", "mask"))

@@ -101,7 +101,7 @@ def token_denominator(how: str, lengths: torch.Tensor, max_new_tokens: int) -> t
 
 @dataclass
 class Config:
-    steps: int = flag(40, "rollouts; the paper: 300", real=300, low=1)
+    steps: int = flag(32, "rollouts; the paper: 300", real=300, low=1)
     prompts_per_step: int = flag(8, "problems a rollout; the paper: 128", real=128, low=1)
     group_size: int = flag(16, "answers to each problem; the paper: 8. Small models need more for a mixed group", real=8, low=2)
     max_new_tokens: int = flag(80, "longest answer in tokens; the authors' script: 8192", real=2048, low=1)

@@ -19,8 +19,8 @@ This file is grpo.py with another gate: diff grpo.py kl3_grpo.py.
 
 Deviations ledger: what we know of the paper | here, and why. We had its abstract and others' summaries, not its body, its tables
 or its code (none was found); nothing below that is marked unknown should be taken for the paper's.
-  gate             | min(w A, clip_C(w) A) | the same, as a clamp to [l, u]; --measure kl has no such window and is a predicate with
-      value 1 outside: the gradients are those of the clamp
+  gate             | min(w A, clip_C(w) A) | the same, as a clamp to [l, u]; --measure kl has no such window: a predicate, value 1
+      outside; the gradients are alike
   delta            | unknown | 0.02, the KL3 window of the usual width (0.02 = 0.2^2 / 2)
   measures         | KL3 is the method; ratio and exact KL are named | those, and kl1, |kl1|, kl2, none to compare
   aggregation      | unknown | as grpo.py, as are KL to a reference (off), std and advantages, unknown too
@@ -167,7 +167,7 @@ def token_denominator(how: str, lengths: torch.Tensor, max_new_tokens: int) -> t
 
 @dataclass
 class Config:
-    steps: int = flag(40, "rollouts; the paper: 300", real=300, low=1)
+    steps: int = flag(32, "rollouts; the paper: 300", real=300, low=1)
     prompts_per_step: int = flag(8, "problems a rollout; the paper: 128", real=128, low=1)
     group_size: int = flag(16, "answers to each problem; the paper: 8. Small models need more for a mixed group", real=8, low=2)
     max_new_tokens: int = flag(80, "longest answer in tokens; the authors' script: 8192", real=2048, low=1)
@@ -179,7 +179,7 @@ class Config:
                             choices=("token", "sequence", "constant"))
     measure: str = flag("kl3", "what is held below delta at each token",
                         choices=("kl3", "ratio", "kl1", "abs_kl1", "kl2", "kl", "none"))
-    delta: float = flag(None, "threshold of the measure; 0.02 unless given: for the ratio the usual 1 +- 0.2", type=float, above=0)
+    delta: float = flag(None, "its threshold; 0.02 unless given, which is the usual 1 +- 0.2 for the ratio", type=float, above=0)
     clip_low: float = flag(None, "instead of --delta: ratios below 1 - this are cut when A < 0", type=float, low=0, high=1)
     clip_high: float = flag(None, "likewise above 1 + this when A > 0; DAPO: 0.2 and 0.28", type=float, low=0)
     kl_coef: float = flag(0.0, "weight of the KL to the initial model; the paper: 0", low=0)

@@ -134,8 +134,8 @@ def internal_view(model, input_ids, attention_mask, mask, chunk: int | None = No
                    "ffn_in": block.post_attention_layernorm(middle), "ffn_out": ffn, "layer_out": after}
         if differ(fed, streams["ffn_in"]) or differ(middle + ffn, after):
             refuse("its blocks do not just add what attention and FFN put out")
-        entering = blocks[-1]["layer_out"] if blocks else measure(before)               # the same tensor: not read twice
-        blocks.append({"layer_in": entering, **{name: measure(x) for name, x in streams.items()}})
+        entering = {"layer_in": blocks[-1]["layer_out"] if blocks else measure(before)}  # the same tensor: not read twice
+        blocks.append(entering | {name: measure(x) for name, x in streams.items()})
         cosines.append([torch.cosine_similarity(x.float(), stream.float(), dim=-1).mean().item()
                         for x, stream in ((attn, before), (ffn, middle))])
         tick()
@@ -212,8 +212,7 @@ def boundary_layer(ffn_change, tolerance: float = 0.05) -> int:
 def boundaries(entropies: dict[str, torch.Tensor]) -> dict[float, int | None]:
     """boundary_layer at several tolerances: does the choice hang on it? None where no FFN raises the entropy."""
     change = entropy_changes(entropies)["ffn"].double()                                 # (L,)
-    return {tolerance: boundary_layer(change, tolerance) if (change > tolerance * change.abs().max()).any() else None
-            for tolerance in TOLERANCES}
+    return {t: boundary_layer(change, t) if (change > t * change.abs().max()).any() else None for t in TOLERANCES}
 
 
 def print_view(view: dict[str, dict[str, torch.Tensor]]) -> None:
@@ -280,8 +279,7 @@ def main(argv=None):
     for name, (tokenizer, model, prompts) in ready.items():
         print(f"\n{name}: first prompt {tokenizer.decode(prompts[0])!r}")
         if cfg.sample_layer:
-            block = layer_policy(model, cfg.sample_layer)
-            said = sample(block, tokenizer, prompts[:3], 2, min(cfg.max_new_tokens, 64), seed=cfg.seed)
+            said = sample(layer_policy(model, cfg.sample_layer), tokenizer, prompts[:3], 2, min(cfg.max_new_tokens, 64), seed=cfg.seed)
             print(f"block {cfg.sample_layer} says, to the first {len(prompts[:3])} prompts:", *map(repr, said.texts), sep="\n   ")
         rollout = sample(model, tokenizer, prompts, 1, cfg.max_new_tokens, seed=cfg.seed)
         (V, D), total = causal_lm(model).lm_head.weight.shape, int(rollout.lengths.sum())

@@ -28,14 +28,14 @@ def plot_run(folder: pathlib.Path) -> None:
         for row, following in zip(rows, rows[1:]):
             if row.get("layer") != following.get("layer"):
                 axis.axvline(row["step"] + 0.5, color="black", linestyle=":", linewidth=1.5)
-                axis.annotate(f" layer {row['layer']} | whole model", (row["step"] + 0.5, 0.02),
+                axis.annotate(f" layer {row['layer']} | whole model", (row["step"] + 0.5, 0.94),
                               xycoords=("data", "axes fraction"), fontsize=10)
     if "avg_at_k_after" in summary:
         for when, x in (("before", 0), ("after", steps[-1])):
             axes[0].errorbar(x, summary[f"avg_at_k_{when}"], summary[f"standard_error_{when}"], fmt="o", color="#D55E00",
                              capsize=4, label="held-out, with standard error" if when == "before" else None)
     axes[0].set_ylim(0, 1)
-    axes[0].legend(fontsize=10, loc="upper left")
+    axes[0].legend(fontsize=10, loc="lower right")
     figure.savefig(folder / "curve.png", dpi=110)
     plt.close(figure)
 

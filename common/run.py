@@ -60,7 +60,8 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(self.folder / "config.json", json.dumps({
                 "script": self.name, "flags": {**vars(self.cfg), "resume": None, "output": str(self.folder)},
-                "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()},
+                "versions": {"torch": torch.__version__, "transformers": transformers.__version__,
+                             "python": platform.python_version()},
             }, indent=1))
         except OSError as error:
             raise BadInput(f"--output {self.folder}: cannot write there ({error.strerror})") from error
@@ -226,7 +227,8 @@ def start(cfg, name: str) -> Run:
     lm, first = causal_lm(run.model), run.train[0]
     weight = next(lm.parameters())
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    print(f"model: {cfg.model}, {lm.config.model_type}, {lm.num_parameters() / 1e6:.1f} M parameters ({trained / 1e6:.2f} M trained), "
+    size = sum(p.numel() for p in lm.parameters())
+    print(f"model: {cfg.model}, {lm.config.model_type}, {size / 1e6:.2f} M parameters ({trained / 1e6:.2f} M trained), "
           f"{lm.config.num_hidden_layers} blocks, {weight.dtype} on {weight.device}, {torch.get_num_threads()} thread(s)")
     print(f"data:  {cfg.data}, {len(run.train)} problems to train on, {len(run.held_out)} held out")
     print(f"first prompt ({len(first['prompt'])} tokens): {run.tokenizer.decode(first['prompt'])!r} -> gold {first['answer']!r}")

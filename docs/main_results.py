@@ -1,4 +1,4 @@
-"""The README's table and figure: grpo.py and bupo.py on the embedded model, several seeds each -> docs/results/main.{json,md,png}.
+"""The README's table and figure: grpo.py and bupo.py on the embedded model, several seeds -> docs/results/main.{json,md,png}.
 
     python docs/main_results.py            # three seeds of two scripts, about a minute and a half each; finished runs are kept
 """
@@ -46,8 +46,8 @@ def main():
     (out / "main.json").write_text(json.dumps({"commit": commit, "versions": config["versions"], "runs": {
         name: [summary for summary, _ in runs] for name, runs in results.items()}}, indent=1) + "\n")
 
-    table = ["| method | accuracy before | after | tokens before | after | Pass@8 after | s sampling / verifying / training a step |",
-             "| --- | --- | --- | --- | --- | --- | --- |"]
+    heads = ["method", "accuracy before", "after", "tokens before", "after", "Pass@8 after", "s sampling / verifying / training"]
+    table = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
     for name, runs in results.items():
         of = lambda key: spread([summary[key] for summary, _ in runs])  # noqa: B023
         tokens = lambda key: f"{statistics.fmean(summary[key] for summary, _ in runs):.0f}"  # noqa: B023
@@ -66,10 +66,11 @@ def main():
     titles = {"reward": "share of answers right", "length": "tokens per answer", "entropy": "entropy, nats per token"}
     for axis, (key, title) in zip(axes, titles.items()):
         for name, runs in results.items():
-            curves = [[statistics.fmean(row[key] for row in rows[max(0, i - 3):i + 1]) for i in range(len(rows))] for _, rows in runs]
-            steps, columns = range(1, len(curves[0]) + 1), list(zip(*curves))
-            axis.plot(steps, [statistics.fmean(c) for c in columns], color=ARMS[name][1], linewidth=2.5, label=name)
-            axis.fill_between(steps, [min(c) for c in columns], [max(c) for c in columns], color=ARMS[name][1], alpha=0.2, linewidth=0)
+            curves = [[statistics.fmean(row[key] for row in rows[max(0, i - 3):i + 1]) for i in range(len(rows))]
+                      for _, rows in runs]                                                    # means of four steps
+            steps, columns, color = range(1, len(curves[0]) + 1), list(zip(*curves)), ARMS[name][1]
+            axis.plot(steps, [statistics.fmean(c) for c in columns], color=color, linewidth=2.5, label=name)
+            axis.fill_between(steps, [min(c) for c in columns], [max(c) for c in columns], color=color, alpha=0.2, linewidth=0)
         axis.set_title(title, fontsize=13)
         axis.set_xlabel("step (8 problems x 16 answers)", fontsize=12)
         axis.tick_params(labelsize=11)

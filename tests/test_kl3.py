@@ -110,7 +110,7 @@ def test_ratio_gate_is_grpo():
     d, A, mask = torch.randn(4, 30, generator=generator) * 0.4, torch.randn(4, generator=generator), torch.ones(4, 30)
     for ours, bounds in ((dict(delta=0.02, measure="ratio"), (0.2, 0.2)), (dict(window=(0.8, 1.28)), (0.2, 0.28))):
         results = []
-        for loss_of in (lambda x: atr_grpo_loss(x, x.detach() * 0, A, mask, **ours), lambda x: grpo.grpo_loss(x, x.detach() * 0, A, mask, *bounds)):
+        for loss_of in (lambda x, ours=ours: atr_grpo_loss(x, x.detach() * 0, A, mask, **ours), lambda x, bounds=bounds: grpo.grpo_loss(x, x.detach() * 0, A, mask, *bounds)):
             x = d.clone().requires_grad_()
             loss = loss_of(x)[0]
             loss.backward()

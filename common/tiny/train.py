@@ -11,7 +11,7 @@ then. That gap is what reinforcement learning closes. Without a system message t
 Shape: 8 narrow blocks, an untied head and weight decay, because then the un-normed layer policies (common/internal_policy.py)
 fall gradually from near ln V to near 0. With tied embeddings they collapse after the first block. The scale of the residual
 stream is free (every reader normalises it) but not to an un-normed policy: at the end it is doubled, which puts the boundary
-of BuPO's exploration region at block 5. As trained, every block's FFN raised the entropy. Remember that when you read such curves.
+of BuPO's exploration region at block 5; as trained, every block's FFN raised the entropy. Think of it when you read such curves.
 """
 import argparse
 import json
@@ -114,7 +114,7 @@ def main():
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--width", type=int, default=96)
     parser.add_argument("--blocks", type=int, default=8)
-    parser.add_argument("--residual-scale", type=float, default=2.0, help="see scale_residual; 1 leaves the boundary at the last block")
+    parser.add_argument("--residual-scale", type=float, default=2.0, help="see scale_residual")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="two are a third faster, on an idle machine only")
     parser.add_argument("--output", type=pathlib.Path, default=HERE)

@@ -4,8 +4,9 @@
 
 Random tokens stand for the answers, so nothing is sampled. Each case is a fresh process with one thread; "before" is its memory
 with the model loaded and nothing read yet, "peak" is ru_maxrss at the end. The price is the unembedding, (10 L + 2) * 2 D V FLOPs
-a pooled token: linear in tokens and in layers. Memory grows to a chunk of 2^24 logits (110 tokens here) and is flat from there, in
-layers too but for the weights. A case that takes hours is computed from the last row, and called an extrapolation.
+a pooled token: linear in tokens and in layers, but slower below a chunk of 2^24 logits (110 tokens here), which shares one reading
+of E. Memory grows to a chunk and is flat from there, in layers too but for the weights. What would take hours is computed from the
+slowest and the fastest row, and called an extrapolation.
 """
 import argparse
 import json
@@ -53,14 +54,16 @@ def main():
     if args.only:
         return print(json.dumps(one_case(*map(int, args.only.split("x")))))
     print("layers  pooled tokens  seconds   s per 1,000 tokens   GFLOP/s   GiB before    GiB peak")
+    rates = []
     for case in args.cases:
         command = [sys.executable, __file__, "--only", case]
         row = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
-        per_token, gflop = row["seconds"] / row["tokens"], (10 * row["layers"] + 2) * 2 * D * V / 1e9
-        print(f"{row['layers']:6} {row['tokens']:14} {row['seconds']:8.1f} {1000 * per_token:20.0f} {gflop / per_token:9.0f} "
+        per_token = row["seconds"] / row["tokens"]
+        rates.append((10 * row["layers"] + 2) * 2 * D * V / 1e9 / per_token)
+        print(f"{row['layers']:6} {row['tokens']:14} {row['seconds']:8.1f} {1000 * per_token:20.0f} {rates[-1]:9.0f} "
               f"{row['before']:12.2f} {row['peak']:11.2f}", flush=True)
-    hours = 32 * 256 * per_token / 3600
-    print(f"extrapolated, not run: 32 answers of 256 tokens, all pooled, at {row['layers']} layers: {hours:.1f} h")
+    low, high = (32 * 256 * (10 * 28 + 2) * 2 * D * V / 1e9 / rate / 3600 for rate in (max(rates), min(rates)))
+    print(f"extrapolated, not run: 32 answers of 256 tokens, all pooled, 28 layers: {low:.1f} to {high:.1f} h")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ print((time.perf_counter() - started) / 2)
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--limit", type=int, default=120, help="seconds after which a measurement is given up and counted as this")
+    parser.add_argument("--limit", type=int, default=120, help="seconds after which a measurement is given up")
     args = parser.parse_args()
     cores = os.cpu_count()
     for busy in (False, True):
@@ -44,14 +44,16 @@ def main():
         for _ in range(3):
             for threads in seconds:
                 try:
-                    done = subprocess.run([sys.executable, "-c", STEP, str(threads)], capture_output=True, text=True, timeout=args.limit, check=True)
+                    done = subprocess.run([sys.executable, "-c", STEP, str(threads)], capture_output=True, text=True,
+                                          timeout=args.limit, check=True)
                     seconds[threads].append(float(done.stdout))
                 except subprocess.TimeoutExpired:
                     seconds[threads].append(args.limit)
         if other:
             other.kill()
-        row = ", ".join(f"{threads} thread(s) {statistics.median(times):.2f} s a step ({min(times):.2f} to {max(times):.2f})" for threads, times in seconds.items())
-        print(f"{time.strftime('%Y-%m-%d')} {cores} cores, {'one busy' if busy else 'idle'}: {row}", flush=True)
+        for threads, times in seconds.items():
+            print(f"{time.strftime('%Y-%m-%d')} {cores} cores, {'one busy' if busy else 'idle'}, {threads} thread(s): "
+                  f"{statistics.median(times):.2f} s a step ({min(times):.2f} to {max(times):.2f})", flush=True)
 
 
 if __name__ == "__main__":
