@@ -72,7 +72,7 @@ def load_problems(name: str, split: str = "train", prompt_column: str | None = N
     nothing usable is left.
     """
     if name == "arithmetic":
-        return arithmetic_problems(4096 if count is None else count, held_out, seed)
+        return arithmetic_problems(2048 if count is None else count, held_out, seed)
     rows = read_rows(name, split)
     if not rows:
         raise BadInput(f"--data {name}: no rows")

@@ -35,8 +35,6 @@ from common.models import causal_lm, load_model, load_tokenizer
 from common.plot import plot_internal
 from common.sampling import join, sample
 
-TOLERANCES = (0.01, 0.02, 0.05, 0.1, 0.2)
-
 
 def first_blocks(model, layer: int, final_norm: bool = False) -> nn.Module:
     """The model's trunk cut off after block `layer` (1-based): a view that shares every weight and runs nothing above it.
@@ -179,9 +177,9 @@ def rollout_view(model, rollout, budget: int, tokens: int = 0, seed: int = 0, co
             here = part.to(rollout.tokens.device)                                       # (b,)
             ids, predicts = join([rollout.prompts[i] for i in part], rollout.tokens[here], rollout.lengths[here])  # (b, S) each
             predicts[predicts.clone()] = torch.cat([drawn[i] for i in part]).to(predicts.device)
-            views.append((int(predicts.sum()), internal_view(model, ids, None, predicts, None, controls, bar.update)))
-    pooled = sum(count for count, _ in views)
-    return {quantity: {stream: sum(count * view[quantity][stream] for count, view in views) / pooled for stream in streams}
+            share = predicts.sum().item() / min(tokens or total, total)
+            views.append((share, internal_view(model, ids, None, predicts, None, controls, bar.update)))
+    return {quantity: {stream: sum(share * view[quantity][stream] for share, view in views) for stream in streams}
             for quantity, streams in views[0][1].items()}
 
 
@@ -209,10 +207,10 @@ def boundary_layer(ffn_change, tolerance: float = 0.05) -> int:
     return first + (rises[first:] + [False]).index(False)
 
 
-def boundaries(entropies: dict[str, torch.Tensor]) -> dict[float, int | None]:
+def boundaries(entropies: dict[str, torch.Tensor], tolerances=(0.01, 0.02, 0.05, 0.1, 0.2)) -> dict[float, int | None]:
     """boundary_layer at several tolerances: does the choice hang on it? None where no FFN raises the entropy."""
     change = entropy_changes(entropies)["ffn"].double()                                 # (L,)
-    return {t: boundary_layer(change, t) if (change > t * change.abs().max()).any() else None for t in TOLERANCES}
+    return {t: boundary_layer(change, t) if (change > t * change.abs().max()).any() else None for t in tolerances}
 
 
 def print_view(view: dict[str, dict[str, torch.Tensor]]) -> None:
@@ -226,7 +224,7 @@ def print_view(view: dict[str, dict[str, torch.Tensor]]) -> None:
         mark = "   <- boundary" + ", but that is the whole model" * (l == len(columns[0])) if l == found["entropy"][0.05] else ""
         print("{:5} {:9.3f} {:+12.3f} {:+18.3f} {:6.4g} {:9.3f} {:+12.3f} {:+18.3f}".format(l, *paper, size, h, f, a) + mark)
     print("boundary: the end of the first run of blocks whose FFN raises entropy by more than tolerance x the largest change\n"
-          f"   {'tolerance':20}" + "".join(f"{tolerance:>6}" for tolerance in TOLERANCES))
+          f"   {'tolerance':20}" + "".join(f"{tolerance:>6}" for tolerance in found["entropy"]))
     for kind, title in kinds.items():
         print(f"   {title:20}" + "".join(f"{layer or 'none':>6}" for layer in found[kind].values()))
 
@@ -279,7 +277,8 @@ def main(argv=None):
     for name, (tokenizer, model, prompts) in ready.items():
         print(f"\n{name}: first prompt {tokenizer.decode(prompts[0])!r}")
         if cfg.sample_layer:
-            said = sample(layer_policy(model, cfg.sample_layer), tokenizer, prompts[:3], 2, min(cfg.max_new_tokens, 64), seed=cfg.seed)
+            part, longest = layer_policy(model, cfg.sample_layer), min(cfg.max_new_tokens, 64)
+            said = sample(part, tokenizer, prompts[:3], 2, longest, seed=cfg.seed)
             print(f"block {cfg.sample_layer} says, to the first {len(prompts[:3])} prompts:", *map(repr, said.texts), sep="\n   ")
         rollout = sample(model, tokenizer, prompts, 1, cfg.max_new_tokens, seed=cfg.seed)
         (V, D), total = causal_lm(model).lm_head.weight.shape, int(rollout.lengths.sum())

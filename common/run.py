@@ -15,9 +15,9 @@ import math
 import os
 import pathlib
 import platform
-import resource
 import shutil
 import signal
+import sys
 import time
 
 import torch
@@ -42,6 +42,9 @@ class Run:
         if not cfg.resume and self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise BadInput(f"--output {self.folder}: holds something already; take another folder, or --resume {self.folder}")
         if cfg.resume:
+            script = json.loads((self.folder / "config.json").read_text())["script"]
+            if script != name:
+                raise BadInput(f"--resume {self.folder}: a run of {script}.py, not of {name}.py")
             found = sorted((self.folder / "checkpoints").glob("step-*"))
             if not found:
                 raise BadInput(f"--resume {self.folder}: no checkpoint there yet")
@@ -132,9 +135,7 @@ class Run:
         if gaps:
             gap = torch.cat(gaps).abs()
             row |= {"gap_mean": gap.mean().item(), "gap_max": gap.max().item()}
-        peak = (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else
-                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-        row |= values | {f"seconds_{part}": s for part, s in self.seconds.items()} | {"peak_gb": peak / 2**30}
+        row |= values | {f"seconds_{part}": s for part, s in self.seconds.items()} | {"peak_gb": peak_bytes() / 2**30}
         row = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()}
         self.rows.append(row)
         with open(self.folder / "metrics.jsonl", "a") as file:
@@ -246,7 +247,19 @@ def save_model(model, tokenizer, folder: pathlib.Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def peak_bytes() -> float:
+    """The most memory so far: of the GPU if there is one, else the resident set; NaN on Windows."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    if os.name == "nt":
+        return math.nan
+    import resource  # not on Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def sync(path: pathlib.Path) -> None:
+    if os.name == "nt":  # cannot open folders there
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

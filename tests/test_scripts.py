@@ -123,7 +123,7 @@ def test_resume_gives_the_very_weights(script, flags, tmp_path, monkeypatch):
     assert [[row.get(k) for k in steady] for row in rows] == [[row.get(k) for k in steady] for row in whole]
 
 
-def bad_inputs(tmp_path):
+def bad_inputs(tmp_path, early):
     data = tmp_path / "data.jsonl"
     data.write_text('{"text": "a"}')
     empty = tmp_path / "empty.jsonl"
@@ -131,18 +131,21 @@ def bad_inputs(tmp_path):
     full = tmp_path / "full"
     full.mkdir(exist_ok=True)
     (full / "metrics.jsonl").write_text("{}\n")
+    for folder, script in (("foreign", "ppo"), ("early", "grpo"), ("early-bupo", "bupo")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "config.json").write_text(json.dumps({"script": script, "flags": {"steps": 3}}))
     return {
         "--model no/such/model": "no model in", f"--model {tmp_path}": "no model in", "--data missing.jsonl": "no such file",
         f"--data {data}": "column", f"--data {empty}": "no rows", "--group-size 1": "at least 2", "--lr 0": "above 0", "--lr x": "invalid float",
         "--temperature 0": "above 0", "--steps 0": "at least 1", "--clip-low 2": "at most 1", "--advantage ppo": "invalid choice",
         "--no-such-flag 1": "unrecognized", "--device cuda:7": "--device", f"--output {full}": "holds something already",
-        f"--resume {tmp_path}": "no run there", "--updates-per-rollout 3": "must divide", "--max-new-tokens 512": "context", "--kl-coef -1": "at least 0"}
+        f"--resume {tmp_path}": "no run there", f"--resume {tmp_path / 'foreign'}": "a run of ppo.py", f"--resume {tmp_path / early}": "no checkpoint", "--updates-per-rollout 3": "must divide", "--max-new-tokens 512": "context", "--kl-coef -1": "at least 0"}
 
 
 @scripts
 def test_bad_input_is_one_line_and_code_2(script, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    table = bad_inputs(tmp_path)
+    table = bad_inputs(tmp_path, "early" if script is grpo else "early-bupo")
     if script is bupo:
         table |= {"--layer 0": "1 (lowest) to 8", "--layer 9": "1 (lowest) to 8", "--layer x": "1 (lowest) to 8", "--internal-steps -1": "at least 0"}
     before = sorted(tmp_path.rglob("*"))
