@@ -98,8 +98,8 @@ def pad(rows: list[list[int]], value: int) -> torch.Tensor:
 
 @torch.no_grad()
 def scale_residual(model, factor: float) -> None:
-    """Multiplies all that is written into the residual stream. Norms read it, so the model says what it said before; only the
-    un-normed layer policies see the factor."""
+    """Multiplies all that is written into the residual stream. Norms read it, so the model says what it said before, to the
+    norms' epsilon; only the un-normed layer policies see the factor."""
     model.model.embed_tokens.weight.mul_(factor)
     for block in model.model.layers:
         block.self_attn.o_proj.weight.mul_(factor)
