@@ -6,6 +6,8 @@ import json
 import pathlib
 import random
 
+from tqdm import tqdm
+
 from common import verify
 from common.arithmetic import arithmetic_problems
 from common.errors import BadInput
@@ -14,15 +16,16 @@ PROBLEM_COLUMNS = ("problem", "question", "prompt", "query")
 ANSWER_COLUMNS = ("answer", "final_answer", "reward_model", "ground_truth", "expected_answer", "solution")
 
 
-def read_rows(name: str, split: str) -> list[dict]:
-    """A local file's or a hub dataset's rows as they are. `owner/set:config` names a hub configuration. Raises BadInput."""
+def read_rows(name: str, split: str):
+    """A local file's or a hub dataset's rows as they are, a list or a Dataset of dicts. `owner/set:config` names a hub
+    configuration. Raises BadInput."""
     path = pathlib.Path(name)
     if path.suffix in (".jsonl", ".json", ".parquet"):
         if not path.is_file():
             raise BadInput(f"--data {name}: no such file")
         if path.suffix == ".parquet":
             from datasets import Dataset  # slow to import and only needed here and for the hub
-            return Dataset.from_parquet(str(path), keep_in_memory=True).to_list()
+            return Dataset.from_parquet(str(path), keep_in_memory=True)
         text = path.read_text(encoding="utf-8")
         try:
             rows = json.loads(text) if path.suffix == ".json" and text.lstrip()[:1] == "[" else [
@@ -37,7 +40,7 @@ def read_rows(name: str, split: str) -> list[dict]:
     from datasets import load_dataset
     hub_id, _, config = name.partition(":")
     try:
-        return load_dataset(hub_id, config or None, split=split).to_list()
+        return load_dataset(hub_id, config or None, split=split)
     except (OSError, ValueError, RuntimeError) as error:  # datasets' own errors for a missing set, config or split, or no network
         raise BadInput(f"--data {name} (split {split}): {str(error).splitlines()[0][:300]}") from error
 
@@ -74,10 +77,12 @@ def load_problems(name: str, split: str = "train", prompt_column: str | None = N
     if name == "arithmetic":
         return arithmetic_problems(2048 if count is None else count, held_out, seed)
     rows = read_rows(name, split)
-    if not rows:
+    if not len(rows):
         raise BadInput(f"--data {name}: no rows")
     problem_key = pick_column(rows[0], prompt_column, PROBLEM_COLUMNS, "--prompt-column")
     answer_key = pick_column(rows[0], answer_column, ANSWER_COLUMNS, "--answer-column")
+    if hasattr(rows, "select_columns"):  # a hub set may carry whole solutions along
+        rows = rows.select_columns(list({problem_key, answer_key}))
     kept, dropped = {}, 0
     for row in rows:
         problem, answer = row.get(problem_key), gold_answer(row.get(answer_key))
@@ -149,7 +154,8 @@ def encode_prompt(tokenizer, problem: str | list[dict], system: str = "", thinki
 
 def encode_prompts(tokenizer, rows: list[dict], system: str, thinking: bool, longest: int) -> list[dict]:
     """Adds "prompt", the token ids, to every row; drops rows whose prompt is longer than `longest` tokens, with a count."""
-    encoded = [{**row, "prompt": encode_prompt(tokenizer, row["problem"], system, thinking)} for row in rows]
+    encoded = [{**row, "prompt": encode_prompt(tokenizer, row["problem"], system, thinking)}
+               for row in tqdm(rows, desc="encoding prompts", leave=False, disable=len(rows) < 10_000)]
     kept = [row for row in encoded if len(row["prompt"]) <= longest]
     if len(kept) < len(encoded):
         print(f"data: {len(encoded) - len(kept)} of {len(encoded)} prompts are longer than {longest} tokens and were dropped")

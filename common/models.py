@@ -57,9 +57,9 @@ def pick_device(device: str) -> torch.device:
 def pick_threads(small: bool) -> None:
     """One thread for a small model on the CPU, torch's own choice otherwise.
 
-    Matrices of 128 x 96 are too small to split: two threads win a tenth on an idle machine of two cores and lose an order of
-    magnitude when another program holds one of them, because each product then waits for a thread that is not scheduled
-    (measured by tests/benchmarks/threads.py).
+    Matrices of 128 x 96 are too small to split. Of two cores, two threads win 5 % while the machine is idle, and take 3.4 times
+    as long as one when another program holds a core: every product then waits for a thread that is not scheduled
+    (tests/benchmarks/threads.py).
     """
     if small:
         torch.set_num_threads(1)

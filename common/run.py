@@ -235,7 +235,8 @@ def start(cfg, name: str) -> Run:
     print(f"first prompt ({len(first['prompt'])} tokens): {run.tokenizer.decode(first['prompt'])!r} -> gold {first['answer']!r}")
     rows, tokens = cfg.prompts_per_step * cfg.group_size, cfg.max_new_tokens + max(len(row["prompt"]) for row in run.train)
     plan = memory_plan(run.model, rows, tokens, cfg.micro_batch_tokens, max_rows_for(lm, tokens))
-    print("memory plan, GiB: " + ", ".join(f"{part} {gib:.2f}" for part, gib in plan.items() if gib))
+    scale, unit = (1, "GiB") if plan["peak"] >= 1 else (1024, "MiB")
+    print(f"memory plan, {unit}: " + ", ".join(f"{part} {gib * scale:.1f}" for part, gib in plan.items() if gib))
     if run.checkpoint:
         print(f"going on from step {run.first} of {cfg.steps} in {run.folder}")
     return run

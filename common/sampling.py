@@ -30,7 +30,7 @@ class Rollout:
     def __getitem__(self, rows: torch.Tensor) -> "Rollout":
         """The rows with these numbers (b,). T stays what it was, so that they line up with other tensors of the rollout."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Rollout(**{k: v[rows] if torch.is_tensor(v) else [v[i] for i in rows] for k, v in values.items()})
+        return Rollout(**{k: v[rows] if torch.is_tensor(v) else [v[i] for i in rows.tolist()] for k, v in values.items()})
 
 
 def join(prompts: list[list[int]], tokens: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -23,8 +23,10 @@ def run(script: str, seed: int, folder: pathlib.Path) -> tuple[dict, list[dict]]
     if not (folder / "summary.json").exists() or "seconds" not in json.loads((folder / "summary.json").read_text()):
         flags = ["--seed", str(seed), "--eval-problems", "256", "--output", str(folder)]
         subprocess.run([sys.executable, ROOT / script, *flags], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
+        (folder / "commit.txt").write_text(commit)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return json.loads((folder / "summary.json").read_text()), rows
+    return {**json.loads((folder / "summary.json").read_text()), "seed": seed, "commit": (folder / "commit.txt").read_text()}, rows
 
 
 def spread(values) -> str:
@@ -42,8 +44,7 @@ def main():
     out = ROOT / "docs" / "results"
     out.mkdir(parents=True, exist_ok=True)
     config = json.loads((args.runs / "GRPO-0" / "config.json").read_text())
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
-    (out / "main.json").write_text(json.dumps({"commit": commit, "versions": config["versions"], "runs": {
+    (out / "main.json").write_text(json.dumps({"versions": config["versions"], "runs": {
         name: [summary for summary, _ in runs] for name, runs in results.items()}}, indent=1) + "\n")
 
     heads = ["method", "accuracy before", "after", "tokens before", "after", "Pass@8 after", "s sampling / verifying / training"]
@@ -59,6 +60,9 @@ def main():
     error = statistics.fmean(summary["standard_error_after"] for runs in results.values() for summary, _ in runs)
     table.append(f"\nAvg@8 at temperature 1 on 256 held-out problems, mean of {args.seeds} seeds (lowest to highest); "
                  f"one run's standard error over problems is {error:.3f}. Seconds are medians.")
+    training = [[row["seconds_training"] for _, rows in results["BuPO"] for row in rows if (row["layer"] is None) == whole]
+                for whole in (False, True)]
+    table[-1] += " BuPO's training takes {:.2f} s in the first phase, {:.2f} s after.".format(*map(statistics.median, training))
     (out / "main.md").write_text("\n".join(table) + "\n")
     print("\n".join(table))
 
