@@ -149,7 +149,6 @@ def main(argv=None):
             old_logp = None if cfg.updates_per_rollout == 1 else score(                         # (B, T)
                 model, rollout, useful.nonzero()[:, 0], cfg.micro_batch_tokens, cfg.temperature)
             for rows in updates:
-                optimizer.zero_grad()
                 for m in micro_batches(rows[useful[rows]], rollout, cfg.micro_batch_tokens):    # (b,) row numbers
                     part = rollout[m]
                     logp, _ = response_logprobs(model, part, cfg.temperature)                   # (b, T)

@@ -222,7 +222,6 @@ def main(argv=None):
                 model, rollout, useful.nonzero()[:, 0], cfg.micro_batch_tokens, cfg.temperature)
             old_model = copy.deepcopy(model) if cfg.measure == "kl" else None
             for rows in updates:
-                optimizer.zero_grad()
                 for m in micro_batches(rows[useful[rows]], rollout, cfg.micro_batch_tokens):    # (b,) row numbers
                     part = rollout[m]
                     logp, _ = response_logprobs(model, part, cfg.temperature)                   # (b, T)

@@ -140,5 +140,7 @@ def max_rows_for(model, tokens: int) -> int:
     config, device = model.config, next(model.parameters()).device
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     row = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * tokens * next(model.parameters()).element_size()
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 16 << 30
+    free = 16 << 30
+    if device.type == "cuda":  # what torch has reserved but not handed out is free as well
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return max(1, min(512, math.floor(free / 2 / row)))

@@ -30,13 +30,17 @@ class MasterAdamW:
 
     @torch.no_grad()
     def step(self, max_norm: float = 1.0) -> float:
-        """Clips the gradient to a global norm and updates -> the norm before clipping. If that is not finite, no update."""
+        """Clips the gradient to a global norm, updates, forgets the gradient -> the norm before clipping.
+
+        If the norm is not finite, nothing is updated. Gradients take no memory while answers are sampled.
+        """
         norm = torch.nn.utils.clip_grad_norm_(self.masters, max_norm).item()
         if norm - norm == 0 and norm > 0:
             self.adamw.step()
             for weight, master in zip(self.weights, self.masters):
                 if master is not weight and master.grad is not None:
                     weight.copy_(master)
+        self.zero_grad()
         return norm
 
     def state_dict(self) -> dict:

@@ -26,7 +26,8 @@ def run(script: str, seed: int, folder: pathlib.Path) -> tuple[dict, list[dict]]
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
         (folder / "commit.txt").write_text(commit)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {**json.loads((folder / "summary.json").read_text()), "seed": seed, "commit": (folder / "commit.txt").read_text()}, rows
+    summary = json.loads((folder / "summary.json").read_text())
+    return {**summary, "seed": seed, "commit": (folder / "commit.txt").read_text()}, rows
 
 
 def spread(values) -> str:
