@@ -29,7 +29,6 @@ Deviations ledger: paper | the authors' code (a fork of verl) | here, and why
   longest answer   | 7168 (table) or 8192 (text) | 8192 | --max-new-tokens
   also trained     | blocks 1..l and E | and the token embedding, the same tensor in tied models | as the code
 """
-import copy
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +39,7 @@ from common.errors import BadInput
 from common.flags import Shared, exit_on_bad_input, flag, parse_flags
 from common.internal_policy import boundary_layer, entropy_changes, rollout_entropies
 from common.logprobs import micro_batches, response_logprobs, score
-from common.models import causal_lm
+from common.models import causal_lm, initial_model
 from common.run import start
 from common.sampling import sample
 from common.verify import reward
@@ -172,7 +171,7 @@ def main(argv=None):
         raise BadInput(f"--updates-per-rollout {cfg.updates_per_rollout} must divide --prompts-per-step {cfg.prompts_per_step}")
     run = start(cfg, "bupo")
     model, optimizer = run.model, run.optimizer
-    reference = copy.deepcopy(model).requires_grad_(False) if cfg.kl_coef else None
+    reference = initial_model(cfg, model) if cfg.kl_coef else None
 
     if "layer" not in run.summary:  # a resumed run keeps its layer
         run.summary["layer"] = choose_layer(run)
@@ -211,8 +210,8 @@ def main(argv=None):
                     loss, metrics = grpo_loss(logp, old, advantages[m], mask[m], cfg.clip_low, cfg.clip_high, cfg.dual_clip,
                                               denominator[m])
                     if reference is not None:
-                        with torch.no_grad():
-                            ref_logp, _ = response_logprobs(reference, part, cfg.temperature)   # (b, T)
+                        with torch.no_grad(), reference() as initial:
+                            ref_logp, _ = response_logprobs(initial, part, cfg.temperature)     # (b, T)
                         loss = loss + cfg.kl_coef * kl_loss(logp, ref_logp, old, mask[m], denominator[m])
                     loss.backward()
                     parts.append({"loss": loss.item(), **metrics})

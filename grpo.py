@@ -19,7 +19,6 @@ Deviations ledger: paper | the BuPO authors' code (verl) | here, and why
   updates a rollout| 16 | 4, each with its share of the prompts | --updates-per-rollout, 1: then ratio = 1 and nothing clips
   truncated answers| not said | kept, right if the box came in time | --truncated zero: reward 0; mask: left out of the loss
 """
-import copy
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +27,7 @@ from common.data import batch_of
 from common.errors import BadInput
 from common.flags import Shared, exit_on_bad_input, flag, parse_flags
 from common.logprobs import micro_batches, response_logprobs, score
+from common.models import initial_model
 from common.run import start
 from common.sampling import sample
 from common.verify import reward
@@ -125,7 +125,7 @@ def main(argv=None):
         raise BadInput(f"--updates-per-rollout {cfg.updates_per_rollout} must divide --prompts-per-step {cfg.prompts_per_step}")
     run = start(cfg, "grpo")
     model, optimizer = run.model, run.optimizer
-    reference = copy.deepcopy(model).requires_grad_(False) if cfg.kl_coef else None
+    reference = initial_model(cfg, model) if cfg.kl_coef else None
 
     for step in run.steps():
         problems = batch_of(run.train, step, cfg.prompts_per_step, cfg.seed)
@@ -156,8 +156,8 @@ def main(argv=None):
                     loss, metrics = grpo_loss(logp, old, advantages[m], mask[m], cfg.clip_low, cfg.clip_high, cfg.dual_clip,
                                               denominator[m])
                     if reference is not None:
-                        with torch.no_grad():
-                            ref_logp, _ = response_logprobs(reference, part, cfg.temperature)   # (b, T)
+                        with torch.no_grad(), reference() as initial:
+                            ref_logp, _ = response_logprobs(initial, part, cfg.temperature)     # (b, T)
                         loss = loss + cfg.kl_coef * kl_loss(logp, ref_logp, old, mask[m], denominator[m])
                     loss.backward()
                     parts.append({"loss": loss.item(), **metrics})

@@ -38,7 +38,7 @@ from common.errors import BadInput
 from common.flags import Shared, exit_on_bad_input, flag, parse_flags
 from common.internal_policy import hidden_states
 from common.logprobs import micro_batches, response_logprobs, score
-from common.models import causal_lm
+from common.models import causal_lm, initial_model
 from common.run import start
 from common.sampling import join, sample
 from common.verify import reward
@@ -197,7 +197,7 @@ def main(argv=None):
     delta, window = cfg.delta or 0.02, (1 - cfg.clip_low, 1 + cfg.clip_high) if bounds else None
     run = start(cfg, "kl3_grpo")
     model, optimizer = run.model, run.optimizer
-    reference = copy.deepcopy(model).requires_grad_(False) if cfg.kl_coef else None
+    reference = initial_model(cfg, model) if cfg.kl_coef else None
 
     for step in run.steps():
         problems = batch_of(run.train, step, cfg.prompts_per_step, cfg.seed)
@@ -230,8 +230,8 @@ def main(argv=None):
                     loss, metrics = atr_grpo_loss(logp, old, advantages[m], mask[m], delta, cfg.measure, denominator[m],
                                                   window, divergence)
                     if reference is not None:
-                        with torch.no_grad():
-                            ref_logp, _ = response_logprobs(reference, part, cfg.temperature)   # (b, T)
+                        with torch.no_grad(), reference() as initial:
+                            ref_logp, _ = response_logprobs(initial, part, cfg.temperature)     # (b, T)
                         loss = loss + cfg.kl_coef * kl_loss(logp, ref_logp, old, mask[m], denominator[m])
                     loss.backward()
                     parts.append({"loss": loss.item(), **metrics})

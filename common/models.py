@@ -1,4 +1,5 @@
 """Models and tokenizers, all through transformers: the embedded one, a local folder or a hub id; and what memory a run needs."""
+import contextlib
 import math
 import os
 import pathlib
@@ -89,6 +90,22 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto", lora_rank: 
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     return model.eval()
+
+
+def initial_model(cfg, model):
+    """The model a run started from, frozen, as the reference of a KL -> a function that opens it: `with reference() as initial`.
+
+    With adapters it is the model itself, adapters off, and costs nothing; otherwise --model is loaded a second time, so that a
+    resumed run has the same reference.
+    """
+    if hasattr(model, "disable_adapter"):
+        @contextlib.contextmanager
+        def adapters_off():
+            with model.disable_adapter():
+                yield model
+        return adapters_off
+    frozen = load_model(cfg.model, cfg.device, cfg.dtype).requires_grad_(False)
+    return lambda: contextlib.nullcontext(frozen)
 
 
 def causal_lm(model):

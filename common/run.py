@@ -203,6 +203,8 @@ class Run:
         self.summary |= {"seconds": round(seconds, 1), "steps": self.cfg.steps}
         write_atomically(self.folder / "summary.json", json.dumps(self.summary, indent=1))
         plot_run(self.folder)
+        if self.cfg.merge and self.cfg.lora_rank:
+            save_model(self.model.merge_and_unload(), self.tokenizer, self.folder / "merged")
         print(f"\nmodel: {self.folder}/model   metrics: {self.folder}/metrics.jsonl   figure: {self.folder}/curve.png")
 
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import bupo
 import grpo
 from common import evaluate
+from common.models import initial_model, load_model
 
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = "--steps 2 --prompts-per-step 2 --group-size 4 --max-new-tokens 24 --eval-problems 2 --eval-k 2".split()
@@ -92,7 +93,7 @@ def test_real_model_folders(script, model_folder, tmp_path, capsys):
 
 
 @scripts
-@pytest.mark.parametrize("flags", [[], ["--dtype", "bfloat16"], ["--lora-rank", 2]], ids=["float32", "bfloat16", "lora"])
+@pytest.mark.parametrize("flags", [[], ["--dtype", "bfloat16", "--kl-coef", 0.1], ["--lora-rank", 2]], ids=["float32", "bfloat16-kl", "lora"])
 def test_resume_gives_the_very_weights(script, flags, tmp_path, monkeypatch):
     """Four steps at once, and four steps of which the third was stopped after two by Ctrl-C, with the same weights to the bit."""
     flags = [*flags, "--steps", 4, "--internal-steps", 1] if script is bupo else [*flags, "--steps", 4]
@@ -121,6 +122,26 @@ def test_resume_gives_the_very_weights(script, flags, tmp_path, monkeypatch):
     rows = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
     steady = ("step", "reward", "length", "entropy", "loss", "grad_norm", "layer")
     assert [[row.get(k) for k in steady] for row in rows] == [[row.get(k) for k in steady] for row in whole]
+
+
+def test_lora(tmp_path):
+    """Fresh adapters change nothing; only they train; peft alone loads what is saved; merged it is the same model; the reference of
+    the KL is the base: after training its log-probs are those of the embedded model."""
+    from peft import PeftModel
+    ids = torch.arange(20, 40)[None]
+    base = AutoModelForCausalLM.from_pretrained(ROOT / "common" / "tiny")
+    fresh = load_model("tiny", lora_rank=4)
+    assert torch.allclose(fresh(input_ids=ids).logits, base(input_ids=ids).logits, atol=1e-6)
+    assert all("lora_" in name for name, p in fresh.named_parameters() if p.requires_grad)
+    run(grpo, "--lora-rank", 4, "--merge", "--kl-coef", 0.01, "--lr", 1e-2, "--group-size", 16, "--max-new-tokens", 60,
+        "--eval-problems", 0, output=tmp_path / "run")
+    assert (tmp_path / "run" / "model" / "adapter_config.json").is_file()
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(ROOT / "common" / "tiny"), tmp_path / "run" / "model")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "merged")
+    assert torch.allclose(adapted(input_ids=ids).logits, merged(input_ids=ids).logits, atol=1e-3)
+    assert not torch.allclose(merged(input_ids=ids).logits, base(input_ids=ids).logits, atol=0.05)
+    with initial_model(None, adapted)() as initial:
+        assert torch.allclose(initial(input_ids=ids).logits, base(input_ids=ids).logits, atol=1e-6)
 
 
 def bad_inputs(tmp_path, early):
