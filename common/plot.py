@@ -16,7 +16,7 @@ def plot_run(folder: pathlib.Path) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), constrained_layout=True)
     titles = {"reward": "share of answers right", "length": "tokens per answer", "entropy": "entropy, nats per token"}
     for axis, (name, title) in zip(axes, titles.items()):
-        values = [row.get(name, float("nan")) for row in rows]
+        values = [row.get(name, float("nan")) for row in rows]  # a method without a reward has no curve there
         window = max(1, len(values) // 10)
         smooth = [sum(values[max(0, i - window + 1):i + 1]) / min(window, i + 1) for i in range(len(values))]
         axis.plot(steps, values, color="#0072B2", alpha=0.35, linewidth=1)

@@ -124,14 +124,15 @@ class Run:
         row = {"step": self.step + 1}
         if rollout is not None:
             tokens = int(rollout.lengths.sum())
-            row |= {"reward": rewards.mean().item(), "length": tokens / len(rollout.lengths),
-                    "truncated": 1 - rollout.finished.float().mean().item(),
+            if rewards is not None:
+                row |= {"reward": rewards.mean().item(),
+                        "no_signal": (rewards == rewards[:, :1]).all(1).float().mean().item()}
+            row |= {"length": tokens / len(rollout.lengths), "truncated": 1 - rollout.finished.float().mean().item(),
                     "entropy": (rollout.entropy.sum() / tokens).item(),
-                    "no_signal": (rewards == rewards[:, :1]).all(1).float().mean().item(),
                     "tokens": tokens, "tokens_per_second": tokens / sum(self.seconds.values())}
         for name in sorted({name for part in parts for name in part}):
             found = [part[name] for part in parts if name in part]
-            row[name] = max(found) if name.endswith("_max") else sum(found) / self.cfg.updates_per_rollout
+            row[name] = max(found) if name.endswith("_max") else sum(found) / getattr(self.cfg, "updates_per_rollout", 1)
         if gaps:
             gap = torch.cat(gaps).abs()
             row |= {"gap_mean": gap.mean().item(), "gap_max": gap.max().item()}

@@ -79,7 +79,7 @@ def keep_top_p(logp: torch.Tensor, top_p: float) -> torch.Tensor:
 
 @torch.inference_mode()
 def decode(model, prompts: list[list[int]], rows: torch.Tensor, max_new_tokens: int, temperature: float, top_p: float,
-           stop: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+           stop: torch.Tensor, generator: torch.Generator, repetition_penalty: float = 1.0) -> tuple[torch.Tensor, ...]:
     """Answers for prompts[rows[r]], r = 0..R-1 -> tokens, logp, entropy (R, T) and lengths, finished (R,)."""
     lm, device, R, width = causal_lm(model), rows.device, len(rows), max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)                        # (P, S), left-padded
@@ -96,15 +96,25 @@ def decode(model, prompts: list[list[int]], rows: torch.Tensor, max_new_tokens: 
     logp, entropy = hidden.new_zeros(2, R, max_new_tokens, dtype=torch.float32)                             # (R, T) each
     lengths, finished = torch.full_like(rows, max_new_tokens), torch.zeros_like(rows).bool()                # (R,)
     alive = torch.arange(R, device=device)                                                                  # rows still decoded
+    said = rows.new_zeros(R, lm.config.vocab_size if repetition_penalty != 1 else 0).bool()                 # (R, V) tokens seen
+    if repetition_penalty != 1:
+        for row, prompt in enumerate(rows.tolist()):
+            said[row, prompts[prompt]] = True
     for t in range(max_new_tokens):
         scores = lm.lm_head(hidden).float()                                                                 # (A, V)
         full = torch.log_softmax(scores / (temperature or 1.0), -1)                                         # (A, V)
-        probs = (full if top_p >= 1 else keep_top_p(full, top_p)).exp()
+        drawn = full                                                                                        # (A, V)
+        if repetition_penalty != 1:
+            penalised = torch.where(scores > 0, scores / repetition_penalty, scores * repetition_penalty)
+            drawn = (torch.where(said[alive], penalised, scores) / (temperature or 1.0)).log_softmax(-1)
+        probs = (drawn if top_p >= 1 else keep_top_p(drawn, top_p)).exp()
         if temperature == 0:
-            token = full.argmax(-1)                                                                         # (A,)
+            token = drawn.argmax(-1)                                                                        # (A,)
         else:  # the first of independent clocks with rates p to ring is p-distributed: no host sync, no normalisation
             token = (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1)
         tokens[alive, t] = token
+        if repetition_penalty != 1:
+            said[alive, token] = True
         logp[alive, t] = full.gather(-1, token[:, None])[:, 0]
         entropy[alive, t] = -(full.exp() * full.clamp(min=-1e4)).sum(-1)
         ended = torch.isin(token, stop) & ~finished[alive]
@@ -123,17 +133,19 @@ def decode(model, prompts: list[list[int]], rows: torch.Tensor, max_new_tokens: 
 
 
 def sample(model, tokenizer, prompts: list[list[int]], n: int, max_new_tokens: int, temperature: float = 1.0,
-           top_p: float = 1.0, seed: int = 0, max_rows: int | None = None) -> Rollout:
+           top_p: float = 1.0, seed: int = 0, max_rows: int | None = None, repetition_penalty: float = 1.0) -> Rollout:
     """n answers to each prompt (a list of token ids), at most max_new_tokens tokens each, as one Rollout of P * n rows.
 
     temperature 0 is greedy. The same seed draws the same answers. max_rows bounds how many rows are decoded at once
     (default: what the memory holds); it changes which random numbers a row gets, never its distribution.
+    repetition_penalty > 1 divides positive and multiplies negative logits of tokens that the prompt or the answer holds already
+    (CTRL, arXiv 1909.05858); like top_p it leaves logp and entropy those of the model.
     Raises ValueError for an empty prompt or for n, max_new_tokens < 1, temperature < 0, top_p outside (0, 1].
     """
     if not prompts or not all(prompts):
         raise ValueError("sample needs at least one prompt and no empty one")
-    if n < 1 or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"sample: {n=}, {max_new_tokens=}, {temperature=}, {top_p=} out of range")
+    if n < 1 or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or repetition_penalty <= 0:
+        raise ValueError(f"sample: {n=}, {max_new_tokens=}, {temperature=}, {top_p=}, {repetition_penalty=} out of range")
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
     generator = torch.Generator(device).manual_seed(seed)
@@ -144,7 +156,8 @@ def sample(model, tokenizer, prompts: list[list[int]], n: int, max_new_tokens: i
     for start in range(0, len(owner), max_rows):
         here = owner[start:start + max_rows]
         rows = torch.tensor([p - here[0] for p in here], device=device)
-        pieces.append(decode(model, prompts[here[0]:here[-1] + 1], rows, max_new_tokens, temperature, top_p, stop, generator))
+        pieces.append(decode(model, prompts[here[0]:here[-1] + 1], rows, max_new_tokens, temperature, top_p, stop, generator,
+                             repetition_penalty))
     tokens, logp, entropy, lengths, finished = (torch.cat(parts) for parts in zip(*pieces))
     model.train(was_training)
     T = int(lengths.max())

@@ -1,0 +1,125 @@
+"""entropy_min.py: the entropy and its gradient by hand, the two masks, choosing a problem, and that no label is read."""
+import json
+import math
+
+import pytest
+import torch
+from conftest import byte_level_tokenizer, random_model, rollout_of
+from safetensors.torch import load_file
+
+import entropy_min
+from common.internal_policy import layer_logits
+from common.sampling import join, sample
+from entropy_min import accuracy_variance, answer_entropies, entropy_loss
+
+SMALL = "--group-size 8 --max-new-tokens 40 --eval-problems 0".split()
+
+
+def run(*flags, output, steps=2):
+    entropy_min.main([*SMALL, "--steps", str(steps), "--output", str(output), *map(str, flags)])
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_entropy_by_hand():
+    """Logits (ln 1, ln 4) at T = 1/2 are (ln 1, ln 16): p = 1/17, 16/17, H = ln 17 - (16/17) ln 16. Uniform over two: ln 2. Mean of both;
+    a masked position does not count, and no token at all gives 0."""
+    logits = torch.tensor([[[0.0, math.log(4)], [3.0, 3.0], [9.0, -9.0]]])
+    sharp = math.log(17) - 16 / 17 * math.log(16)
+    assert entropy_loss(logits, torch.tensor([[1.0, 1, 0]])).item() == pytest.approx((sharp + math.log(2)) / 2, abs=1e-6)
+    assert entropy_loss(logits, torch.tensor([[1.0, 0, 0]]), temperature=1.0).item() == pytest.approx(math.log(5) - 0.8 * math.log(4), abs=1e-6)
+    assert entropy_loss(logits, torch.zeros(1, 3)).item() == 0
+
+
+@pytest.mark.parametrize("T", [0.5, 1.0, 2.0])
+def test_gradient_is_the_closed_form(T):
+    """d H / d z_v = -p_v (log p_v + H) / T, at random logits, over the number of tokens."""
+    logits = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    entropy_loss(logits, torch.ones(2, 3), T).backward()
+    p = (logits.detach() / T).softmax(-1)
+    H = -(p * p.log()).sum(-1, keepdim=True)
+    assert torch.allclose(logits.grad, -p * (p.log() + H) / T / 6, atol=1e-6)
+
+
+def test_saturated_and_uniform_logits():
+    """A sure token has entropy 0 and uniform logits ln V, both with gradient 0 and without NaN, also at logits of +-1e4."""
+    logits = torch.tensor([[[1e4, -1e4, 0.0], [5.0, 5.0, 5.0]]], requires_grad=True)
+    loss = entropy_loss(logits, torch.ones(1, 2))
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(3) / 2) and logits.grad.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_which_positions_are_read(offset):
+    """Prompt p1 p2, answer a b: the right mask reads the logits at p2 and a (which predict a and b); one late, those at a and b. Rows of
+    different prompts and lengths, against plain full logits."""
+    model, rollout = random_model("qwen3"), rollout_of([[5, 6], [7, 8, 9, 10]], torch.tensor([2, 3]), T=3)
+    got = answer_entropies(model, rollout, 0.5, offset)
+    ids, _ = join(rollout.prompts, rollout.tokens, rollout.lengths)
+    logits = layer_logits(model, ids)
+    for b, (prompt, k) in enumerate(zip(rollout.prompts, rollout.lengths.tolist())):
+        for t in range(k):
+            place = torch.zeros(ids.shape)
+            place[b, len(prompt) - 1 + t + offset] = 1
+            assert got[b, t].item() == pytest.approx(entropy_loss(logits, place).item(), abs=1e-5)
+        assert (got[b, k:] == 0).all()
+
+
+def test_repetition_penalty():
+    """Logits 2, -2, 1 with penalty 2 on the first two become 1, -4, 1. In a run a large penalty forbids repeats; logp stays the model's."""
+    model, tokenizer = random_model("llama", vocab_size=300), byte_level_tokenizer()
+    free = sample(model, tokenizer, [[5, 6, 7]], 8, 30, temperature=0.2, seed=0)
+    bound = sample(model, tokenizer, [[5, 6, 7]], 8, 30, temperature=0.2, seed=0, repetition_penalty=1e6)
+    repeats = lambda r: sum(k - len(set(row[:k])) for row, k in zip(r.tokens.tolist(), r.lengths.tolist()))
+    assert repeats(free) > 0 and repeats(bound) == 0 and not set(bound.tokens[bound.mask > 0].tolist()) & {5, 6, 7}
+    again = sample(model, tokenizer, [[5, 6, 7]], 8, 30, temperature=0.2, seed=0, repetition_penalty=1.0)
+    assert torch.equal(free.tokens, again.tokens)
+    from common.logprobs import response_logprobs
+    assert (response_logprobs(model, bound, 0.2)[0] - bound.logp).abs().max() < 1e-3
+
+
+def test_variance_by_hand():
+    """0 of 8: 0; 2 of 8: 0.1875; 4 of 8: 0.25; 8 of 8: 0; 3 of 7: 12/49."""
+    rows = [[1] * c + [0] * (8 - c) for c in (0, 2, 4, 8)]
+    assert accuracy_variance(torch.tensor(rows)).tolist() == [0, 0.1875, 0.25, 0]
+    assert accuracy_variance(torch.tensor([[1, 1, 1, 0, 0, 0, 0]])).item() == pytest.approx(12 / 49)
+
+
+def test_selection_takes_the_most_uncertain(tmp_path):
+    run("--select", 6, "--select-k", 4, "--shots", 2, output=tmp_path / "run", steps=1)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    ranking = [row["variance"] for row in summary["selection"]]
+    assert len(ranking) == 6 and ranking == sorted(ranking, reverse=True)
+    assert [p["problem"] for p in summary["problems"]] == [row["problem"] for row in summary["selection"][:2]]
+
+
+def test_no_label_is_read(tmp_path):
+    """The same problems with every answer replaced: the same weights to the bit."""
+    weights = []
+    for i, answer in enumerate(("7", "1000")):
+        data = tmp_path / f"{i}.jsonl"
+        data.write_text("\n".join(json.dumps({"problem": f"Compute {n}+3.", "answer": answer}) for n in range(8)))
+        run("--data", data, output=tmp_path / f"run{i}")
+        weights.append(load_file(tmp_path / f"run{i}" / "model" / "model.safetensors"))
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+
+
+def test_it_lowers_the_entropy_on_a_given_problem(tmp_path, capsys):
+    """--problem and --problem-file are the same run; entropy falls; --authors-mask is another one; --early-stop ends early."""
+    (tmp_path / "p.txt").write_text("Compute 17+4*6-9.\n")
+    given = run("--problem", "Compute 17+4*6-9.", "--lr", 1e-3, output=tmp_path / "a", steps=4)
+    from_file = run("--problem-file", tmp_path / "p.txt", "--lr", 1e-3, output=tmp_path / "b", steps=4)
+    assert [row["loss"] for row in given] == [row["loss"] for row in from_file] and given[-1]["entropy"] < 0.5 * given[0]["entropy"]
+    late = run("--problem", "Compute 17+4*6-9.", "--lr", 1e-3, "--authors-mask", output=tmp_path / "c", steps=1)
+    assert late[0]["loss"] != given[0]["loss"]
+    stopped = run("--problem", "Compute 17+4*6-9.", "--lr", 1e-3, "--early-stop", 0.9, output=tmp_path / "d", steps=8)
+    assert len(stopped) < 8 and "stopped after step" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--shots 3", "divide"), ("--problem x --shots 2", "be 1 with --problem"), ("--problem-file nowhere.txt", "no such file"),
+    ("--select 1 --shots 2", "fewer"), ("--loss-temperature 0", "above 0"), ("--repetition-penalty 0.5", "at least 1")])
+def test_bad_input(flags, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        entropy_min.main([*flags.split(), "--output", str(tmp_path / "run")])
+    error = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(error) == 1 and message in error[0] and not (tmp_path / "run").exists()
