@@ -97,7 +97,7 @@ def read_saved_flags(folder: str) -> dict:
 
 
 def exit_on_bad_input(main):
-    """Wraps a script's main: BadInput becomes one line on stderr and exit code 2."""
+    """Wraps a script's main: BadInput becomes one line on stderr and exit code 2, a second Ctrl-C one line and 130."""
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
         try:
@@ -105,4 +105,7 @@ def exit_on_bad_input(main):
         except BadInput as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
+        except KeyboardInterrupt:
+            print("\ninterrupted; --resume goes on from the last checkpoint, if there is one", file=sys.stderr)
+            raise SystemExit(130) from None
     return wrapped

@@ -18,11 +18,12 @@ ROOT = pathlib.Path(__file__).parent.parent
 ARMS = {"GRPO": ("grpo.py", "#0072B2"), "BuPO": ("bupo.py", "#D55E00")}
 
 
-def run(script: str, seed: int, folder: pathlib.Path) -> tuple[dict, list[dict]]:
-    """One run with default flags (evaluated on 256 problems) -> its summary and its rows."""
+def run(script: str, seed: int, folder: pathlib.Path, more: list[str] = ()) -> tuple[dict, list[dict]]:
+    """One run with default flags and `more`, evaluated on 256 problems -> its summary and its rows."""
     if not (folder / "summary.json").exists() or "seconds" not in json.loads((folder / "summary.json").read_text()):
-        flags = ["--seed", str(seed), "--eval-problems", "256", "--output", str(folder)]
-        subprocess.run([sys.executable, ROOT / script, *flags], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+        flags = ["--seed", str(seed), "--eval-problems", "256", "--output", str(folder), *more]
+        subprocess.run([sys.executable, ROOT / script, *flags], check=True, cwd=ROOT, stdout=subprocess.DEVNULL,
+                       stderr=subprocess.DEVNULL)
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
         (folder / "commit.txt").write_text(commit)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
