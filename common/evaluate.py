@@ -4,7 +4,8 @@
     python -m common.evaluate --model runs/bupo --data problems.jsonl --k 16 --output answers.jsonl
 
 Avg@k is the mean over problems of the share of k sampled answers that are right; its standard error is over problems.
-Pass@j estimates the chance that at least one of j answers is right. One row a problem goes to --output, answers and all.
+Pass@j estimates the chance that at least one of j answers is right. To --output goes a row a problem, answers and all, and a last
+row {"summary": ...} with what was printed.
 """
 import json
 import math
@@ -95,9 +96,10 @@ def main(argv=None):
     print(f"first prompt: {tokenizer.decode(rows[0]['prompt'])!r}")
     result = evaluate(model, tokenizer, rows, cfg.k, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.seed)
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in result["answers"]))
+    rows = [*result.pop("answers"), {"summary": {**result, "flags": vars(cfg)}}]
+    output.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     print(describe(result))
-    print("   ".join(f"Pass@{j} {result['pass_at'][j]:.3f}" for j in sorted({1, 2, 4, 8, 16, 32, 64, cfg.k}) if j <= cfg.k))
+    print("   ".join(f"Pass@{j} {value:.3f}" for j, value in result["pass_at"].items()))
     print(f"answers: {output}")
 
 

@@ -1,4 +1,4 @@
-"""BuPO's claims on the embedded model: how long the first phase may be, which layer, and the baselines -> docs/results/bupo.{json,md,png}.
+"""BuPO's claims on the embedded model: first phase, layer, baselines -> docs/results/bupo.{json,png} and bupo_table.md.
 
     python docs/bupo_results.py            # nine arms, three seeds, two runs at a time: about 20 minutes; finished runs are kept
 """
@@ -46,7 +46,8 @@ def main():
     results = {name: [done[name, seed] for seed in range(args.seeds)] for name in ARMS}
 
     out = ROOT / "docs" / "results"
-    (out / "bupo.json").write_text(json.dumps({name: [summary for summary, _ in runs] for name, runs in results.items()}, indent=1) + "\n")
+    summaries = {name: [summary for summary, _ in runs] for name, runs in results.items()}
+    (out / "bupo.json").write_text(json.dumps(summaries, indent=1) + "\n")
     heads = ["arm", "flags", "accuracy after", "Pass@8 after", "tokens", "entropy, last 4 steps", "most truncated in a step"]
     table = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
     for name, runs in results.items():
@@ -71,7 +72,7 @@ def main():
         axis.set_xlabel("step", fontsize=12)
         axis.tick_params(labelsize=11)
         axis.grid(alpha=0.25)
-    axes[0].legend(fontsize=9.5, loc="upper left")
+    axes[0].legend(fontsize=9.5, loc="center right", bbox_to_anchor=(1.0, 0.31))
     figure.savefig(out / "bupo.png", dpi=110)
 
 

@@ -193,9 +193,11 @@ def test_evaluate(tmp_path, capsys, monkeypatch):
     evaluate.main("--problems 6 --k 4 --output answers.jsonl".split())
     said = capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    summary = rows.pop()["summary"]
     assert len(rows) == 6 and all(len(row["responses"]) == len(row["correct"]) == 4 for row in rows)
     average = sum(sum(row["correct"]) for row in rows) / 24
-    assert f"Avg@4 {average:.3f} ±" in said and "Pass@4" in said
+    assert f"Avg@4 {average:.3f} ±" in said and all(f"Pass@{j} {value:.3f}" in said for j, value in summary["pass_at"].items())
+    assert summary["avg_at_k"] == pytest.approx(average) and list(summary["pass_at"]) == ["1", "2", "3", "4"]
     for flags, message in (("--k 0", "at least 1"), ("--output answers.jsonl", "exists"), ("--model nowhere/x/y", "no model"), ("--temperature -1", "at least 0")):
         with pytest.raises(SystemExit) as stop:
             evaluate.main(flags.split())
