@@ -13,7 +13,7 @@ See:   entropy falls at once; accuracy on held-out problems rises, for about ten
 This file is grpo.py without rewards: diff grpo.py entropy_min.py.
 
 Deviations ledger: paper | the authors' code | here, and why
-  T in the loss    | none in the formula | 0.5 | --loss-temperature 0.5 (sweeps were made with it); 1 is the formula
+  T in the loss    | none in the formula | 0.5 | --loss-temperature, 0.5; 1 is the formula
   which tokens I   | all generated ones | logits are not shifted: the first is left out, the one after the last comes in (not
       after an end token that is also the padding) | all generated, the stop token included; --authors-mask for the code's
   several prompts  | not said | padding is counted as prompt, so that prompt tokens enter | masks from lengths
@@ -95,7 +95,7 @@ class Config:
     top_p: float = flag(1.0, "sample from the smallest set of tokens with this probability; the script: 0.95", above=0, high=1)
     repetition_penalty: float = flag(1.0, "weakens the tokens seen before, in sampling only; the script: 1.15", low=1)
     loss_temperature: float = flag(0.5, "T in the loss; the authors' script: 0.5, the formula: 1", above=0)
-    lr: float = flag(3e-4, "AdamW, constant; the paper: 2e-5 for a 7B model, and less for smaller ones", real=2e-5, above=0)
+    lr: float = flag(3e-4, "AdamW, constant; the paper: 2e-5 for 7B", real=2e-5, above=0)
     select: int = flag(0, "choose the problem among so many by the variance of correctness (reads labels); 0: at random", low=0)
     select_k: int = flag(8, "answers to each of them", low=2)
     problem: str = flag(None, "train on this text instead", type=str)

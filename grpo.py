@@ -4,14 +4,15 @@ Paper: DeepSeekMath (arXiv 2402.03300); equation numbers here follow BuPO (arXiv
 Run:   python grpo.py                                  the embedded model learns arithmetic, two minutes on a laptop
        python grpo.py --model Qwen/Qwen3-4B --data zwhe99/DeepMath-103K
 See:   reward (share of right answers) rises from about 0.3 to 0.6 or more, answers grow longer, entropy falls.
-       The loss itself says nothing: advantages of a group sum to zero, so its value starts at zero and stays about there.
+       The loss itself says little: with ratio 1 its value is minus the mean advantage over tokens, which is 0 when right and
+       wrong answers are equally long, and negative while the right ones are longer.
 
 Every other algorithm file is this one with a few lines changed: diff grpo.py bupo.py.
 
 Deviations ledger: paper | the BuPO authors' code (verl) | here, and why
   mean over tokens | per answer, then over answers | over the tokens of a micro-batch, micro-batches averaged | over all tokens of
       an update, so that micro-batching changes nothing; --aggregation sequence is the paper's, constant is Dr. GRPO's
-  std of a group   | not said | ddof 1, 1e-6 added | as the code
+  which std        | not said | ddof 1, 1e-6 added | as the code
   group without signal | in the mean with advantage 0 | the same | the same, but its forward pass is skipped
   clip             | 0.2 both sides | and dual clip at 10, log-ratio held within 20 | --clip-low, --clip-high; --dual-clip is off
       unless asked for; log-ratio held within 20
