@@ -15,13 +15,14 @@ This file is grpo.py with a layer: diff grpo.py bupo.py.
 Deviations ledger: paper | the authors' code (a fork of verl) | here, and why
   which layer      | end of the exploration region: the last block whose FFN raises entropy; Qwen3-4B 6, OctoThinker-3B 27 |
       given by hand, counted from 0 | --layer auto measures it: end of the first run of rises, below 5 % of the largest counts as
-      zero (the paper names no threshold); counted from 1 as in the paper
+      zero (the paper names no threshold), at most L - 1, as block L's policy is the model's; counted from 1 as in the paper
   first phase      | Algorithm 1: one step more than s_inter; text: s_inter | exactly s_inter | exactly --internal-steps
   final norm       | left out on purpose; with it 56.8, not 58.5 | left out, but applied for block L | as the code; --final-norm
   old log-probs    | of the layer | of the layer, from the trainer | as the code
   blocks above l   | no gradient | run for logging, no gradient | not run: the same loss, less time; so the sampler-trainer gap is
       measured in the second phase only
   optimiser        | goes on at the switch | goes on | goes on; blocks above l have no Adam state before
+  std of a group   | not said which | ddof 1, 1e-6 added | as the code
   mean over tokens | per answer, then over answers | over the tokens of a micro-batch, micro-batches averaged | over all tokens of
       an update, so that micro-batching changes nothing; --aggregation sequence is the paper's
   clip             | 0.2 both sides | and dual clip at 10, log-ratio held within 20 | as grpo.py: --dual-clip only if asked for
