@@ -65,7 +65,7 @@ def test_which_positions_are_read(offset):
 
 
 def test_repetition_penalty():
-    """Logits 2, -2, 1 with penalty 2 on the first two become 1, -4, 1. In a run a large penalty forbids repeats; logp stays the model's."""
+    """A huge penalty forbids every token of the prompt and every repeat; penalty 1 changes nothing; logp stays the model's own."""
     model, tokenizer = random_model("llama", vocab_size=300), byte_level_tokenizer()
     free = sample(model, tokenizer, [[5, 6, 7]], 8, 30, temperature=0.2, seed=0)
     bound = sample(model, tokenizer, [[5, 6, 7]], 8, 30, temperature=0.2, seed=0, repetition_penalty=1e6)

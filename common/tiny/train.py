@@ -1,6 +1,6 @@
 """Trains the embedded model beside this file: a Qwen3 of 0.8 M parameters that can do arithmetic but samples it badly.
 
-    python -m common.tiny.train                 # about 25 minutes on one CPU core; overwrites common/tiny
+    python -m common.tiny.train                 # about 27 minutes on one CPU core; overwrites common/tiny
 
 It stands in for a pretrained base model: it has seen three styles of answer, a bare one, a short chain of steps and a long
 chain in which every step is checked by its inverse and mended after a "wait". One step in five is wrong on purpose, so the
