@@ -37,7 +37,7 @@ class Run:
 
     def __init__(self, cfg, name: str):
         self.cfg, self.name, self.seconds, self.notes = cfg, name, {}, set()
-        self.first, self.checkpoint, self.stopping = 0, None, False
+        self.first, self.checkpoint, self.stopping, self.parts = 0, None, False, {}
         self.folder = pathlib.Path(cfg.resume or cfg.output or self.free_folder(name))
         if not cfg.resume and self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise BadInput(f"--output {self.folder}: holds something already; take another folder, or --resume {self.folder}")
@@ -56,6 +56,13 @@ class Run:
     def free_folder(name: str) -> pathlib.Path:
         numbered = (pathlib.Path("runs") / (name if i == 1 else f"{name}-{i}") for i in range(1, 10_000))
         return next(folder for folder in numbered if not folder.exists())
+
+    def attach(self, name: str, part):
+        """Keeps part, anything with state_dict and load_state_dict, as <name>.pt in checkpoints -> part, restored on --resume."""
+        self.parts[name] = part
+        if self.checkpoint:
+            part.load_state_dict(torch.load(self.checkpoint / f"{name}.pt", map_location="cpu", weights_only=True))
+        return part
 
     def begin(self) -> None:
         """Makes the folder, or brings an old one back to its checkpoint: rows of steps that will be done again are dropped."""
@@ -179,7 +186,8 @@ class Run:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         save_model(self.model, self.tokenizer, temporary / "model")
-        torch.save(self.optimizer.state_dict(), temporary / "optimizer.pt")
+        for name, part in self.parts.items():
+            torch.save(part.state_dict(), temporary / f"{name}.pt")
         for path in [*temporary.rglob("*"), temporary]:
             sync(path)
         if folder.exists():
@@ -224,9 +232,7 @@ def start(cfg, name: str) -> Run:
         raise BadInput(f"--max-new-tokens {cfg.max_new_tokens}: the model's context is {context} tokens, prompt included")
     prompts = (cfg.system, cfg.thinking, context - cfg.max_new_tokens)
     run.train, run.held_out = (encode_prompts(run.tokenizer, rows, *prompts) for rows in (train, held_out))
-    run.optimizer = MasterAdamW(run.model, cfg.lr)
-    if run.checkpoint:
-        run.optimizer.load_state_dict(torch.load(run.checkpoint / "optimizer.pt", map_location="cpu", weights_only=True))
+    run.optimizer = run.attach("optimizer", MasterAdamW(run.model, cfg.lr))
     run.model.train()  # for gradient checkpointing; sampling switches to eval by itself
     lm, first = causal_lm(run.model), run.train[0]
     weight = next(lm.parameters())
