@@ -1,79 +1,185 @@
-"""BuPO's claims on the embedded model: first phase, layer, baselines -> docs/results/bupo.{json,png} and bupo_table.md.
+"""BuPO's claims on the embedded model -> docs/results/bupo.{json,md} and its figures.
 
-    python docs/bupo_results.py            # nine arms, three seeds, two runs at a time: about 20 minutes; finished runs are kept
+    python docs/bupo_results.py            # twelve arms, five seeds, two runs at a time: about 50 minutes; finished runs are kept
 """
-import argparse
-import json
-import pathlib
+import math
 import statistics
-from concurrent.futures import ThreadPoolExecutor
 
-import matplotlib
-from main_results import ROOT, run, spread
-from tqdm import tqdm
+import matplotlib.pyplot as plt
+import torch
+from experiment import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    ROOT,
+    SKY,
+    VERMILION,
+    arguments,
+    band,
+    paired,
+    runs,
+    smooth,
+    spread,
+    table,
+    tidy,
+    write,
+)
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+from common.data import encode_prompts, load_problems
+from common.internal_policy import boundaries, entropy_changes, hidden_states, rollout_view
+from common.logprobs import response_logprobs
+from common.models import causal_lm, load_model, load_tokenizer
+from common.optim import MasterAdamW
+from common.sampling import join, sample
+from common.verify import reward
 
-ARMS = {  # name -> script, flags, colour, line
-    "GRPO": ("grpo.py", "", "#0072B2", "-"),
-    "RLOO": ("grpo.py", "--advantage rloo", "#56B4E9", "-"),
-    "REINFORCE++": ("grpo.py", "--advantage reinforce++", "#999999", "-"),
-    "BuPO": ("bupo.py", "", "#D55E00", "-"),                                       # 3 of 32 steps, a tenth
-    "BuPO 5 steps": ("bupo.py", "--internal-steps 5", "#D55E00", "--"),            # 16 %; the paper: 50 of 300
-    "BuPO 7 steps": ("bupo.py", "--internal-steps 7", "#D55E00", ":"),             # 22 %; the paper: 70 of 300
-    "layer 2 only": ("bupo.py", "--layer 2 --internal-steps 32", "#009E73", ":"),
-    "layer 5 only": ("bupo.py", "--layer 5 --internal-steps 32", "#009E73", "--"),
-    "layer 7 only": ("bupo.py", "--layer 7 --internal-steps 32", "#009E73", "-"),
+BOUNDARY = 5  # what --layer auto chooses for the embedded model
+EVAL = "--eval-problems 128 --eval-k 64"
+
+
+@torch.no_grad()
+def probe(run) -> dict:
+    """Perplexity of the model on its own answers and on right answers of the initial model; over the latter's tokens the entropy
+    change of every block (eq. 8) and the cosine of H^l with H^j, as in Figures 4 and 5 of the paper."""
+    prompts = [row["prompt"] for row in run.held_out[:16]]
+    own = sample(run.model, run.tokenizer, prompts, 4, run.cfg.max_new_tokens, seed=5)
+    if not hasattr(run, "fixed"):
+        golds = [row["answer"] for row in run.held_out[:16] for _ in range(4)]
+        run.fixed = own[torch.tensor([i for i, gold in enumerate(golds) if reward(own.texts[i], gold)])]
+    fixed, lm = run.fixed, causal_lm(run.model)
+    logp, _ = response_logprobs(run.model, fixed)                                       # (b, T)
+    ids, predicts = join(fixed.prompts, fixed.tokens, fixed.lengths)                    # (b, S) each
+    streams = [first[predicts] for first in all_streams(lm, ids)]                       # L of (N, D)
+    cosine = [[torch.cosine_similarity(x, y, dim=-1).mean().item() for y in streams] for x in streams]
+    entropies = rollout_view(run.model, fixed, 4096, controls=False)["entropy"]
+    rounded = lambda values: [round(float(v), 4) for v in values]
+    return {"ppl_own": math.exp(-own.logp.sum().item() / own.lengths.sum().item()),
+            "ppl_fixed": math.exp(-logp.sum().item() / fixed.lengths.sum().item()),
+            "layer_change": rounded(entropy_changes(entropies)["layer"]), "cosine": [rounded(row) for row in cosine]}
+
+
+def all_streams(lm, ids):
+    """H^1 .. H^L, raw: the block outputs before the final norm, caught as they pass."""
+    caught = []
+    handles = [block.register_forward_hook(lambda _m, _a, out: caught.append(out[0] if isinstance(out, tuple) else out))
+               for block in lm.model.layers]
+    hidden_states(lm, ids)
+    for handle in handles:
+        handle.remove()
+    return caught
+
+
+def slow_above(run, _optimizer):
+    """Plain GRPO with a tenth of the learning rate in the blocks above the boundary."""
+    optimizer, lr = MasterAdamW(run.model, run.cfg.lr), run.cfg.lr
+    high = {id(p) for block in causal_lm(run.model).model.layers[BOUNDARY:] for p in block.parameters()}
+    groups = [{"params": [p for p in optimizer.masters if (id(p) in high) == slow], "lr": lr * (0.1 if slow else 1)}
+              for slow in (False, True)]
+    optimizer.adamw = torch.optim.AdamW(groups, weight_decay=0.01)
+    return optimizer
+
+
+def frozen_below(run, _optimizer):
+    """Plain GRPO with the embedding and the blocks up to the boundary frozen."""
+    trunk = causal_lm(run.model).model
+    for module in (trunk.embed_tokens, *trunk.layers[:BOUNDARY]):
+        module.requires_grad_(False)
+    return MasterAdamW(run.model, run.cfg.lr)
+
+
+ARMS = {  # name -> script, flags, colour, line, what is watched
+    "GRPO": ("grpo.py", EVAL, BLUE, "-", dict(probe=probe)),
+    "RLOO": ("grpo.py", f"{EVAL} --advantage rloo", SKY, "-"),
+    "REINFORCE++": ("grpo.py", f"{EVAL} --advantage reinforce++", GREY, "-"),
+    "BuPO": ("bupo.py", EVAL, VERMILION, "-", dict(probe=probe)),                                       # 3 of 32 steps: 9 %
+    "BuPO 5 steps": ("bupo.py", f"{EVAL} --internal-steps 5", VERMILION, "--"),                         # 16 %
+    "BuPO 7 steps": ("bupo.py", f"{EVAL} --internal-steps 7", VERMILION, ":", dict(probe=probe)),       # 22 %
+    "BuPO final norm": ("bupo.py", f"{EVAL} --layer {BOUNDARY} --final-norm", ORANGE, "-"),
+    "GRPO slow above": ("grpo.py", EVAL, PURPLE, "-", dict(prepare=slow_above)),
+    "GRPO frozen below": ("grpo.py", EVAL, PURPLE, "--", dict(prepare=frozen_below)),
+    "block 2 only": ("bupo.py", f"{EVAL} --layer 2 --internal-steps 32", GREEN, ":", dict(probe=probe)),
+    "block 5 only": ("bupo.py", f"{EVAL} --layer 5 --internal-steps 32", GREEN, "--", dict(probe=probe)),
+    "block 7 only": ("bupo.py", f"{EVAL} --layer 7 --internal-steps 32", GREEN, "-", dict(probe=probe)),
 }
 
 
+def depth_table() -> str:
+    """Entropy of the blocks' policies and what attention and FFN change, of the model before training."""
+    model, tokenizer = load_model("tiny", "cpu", "float32"), load_tokenizer("tiny")
+    rows = encode_prompts(tokenizer, load_problems("arithmetic", held_out=True, count=100), "", False, 400)
+    view = rollout_view(model, sample(model, tokenizer, [row["prompt"] for row in rows], 1, 96, seed=0), 4096)
+    change, normed = entropy_changes(view["entropy"]), entropy_changes(view["final_norm"])
+    V = model.config.vocab_size
+    lines = [[l + 1, f"{view['entropy']['layer_out'][l]:.3f}", f"{change['ffn'][l]:+.3f}", f"{change['attn'][l]:+.3f}",
+              f"{view['l2_norm']['layer_out'][l]:.1f}", f"{view['final_norm']['layer_out'][l]:.3f}", f"{normed['ffn'][l]:+.3f}"]
+             for l in range(model.config.num_hidden_layers)]
+    found = {kind: ", ".join(f"{t} gives {l}" for t, l in boundaries(view[kind]).items()) for kind in ("entropy", "final_norm")}
+    return table(["block", "entropy of its policy, nats", "FFN change", "attention change", "size of H", "with the final norm: entropy",
+                  "FFN change"], lines) + (
+        f"\nln V is {math.log(V):.3f}; the stream that enters block 1 has {view['entropy']['layer_in'][0]:.3f} nats. The boundary by "
+        f"tolerance: as in the paper {found['entropy']}; with the final norm {found['final_norm']}.\n")
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time; each takes one core")
-    parser.add_argument("--runs", type=pathlib.Path, default=ROOT / "runs" / "main", help="shared with main_results.py")
-    args = parser.parse_args()
-    jobs = [(name, seed) for seed in range(args.seeds) for name in ARMS]
+    args = arguments(__doc__, seeds=5)
+    results = runs("bupo", ARMS, args.seeds, args.workers)
+    after = lambda name, key="avg_at_k_after": [r["summary"][key] for r in results[name]]
+    at = lambda name, k: [r["summary"]["pass_at_after"][str(k)] for r in results[name]]
+    last = lambda name, key: [statistics.fmean(row[key] for row in r["rows"][-4:]) for r in results[name]]
+    arms = table(["arm", "Avg@64", "minus GRPO, paired seeds", "Pass@8", "Pass@64", "tokens", "entropy, last 4 steps",
+                  "most truncated in a step"],
+                 [[name, spread(after(name)), "" if name == "GRPO" else paired(after(name), after("GRPO")), spread(at(name, 8)),
+                   spread(at(name, 64)), f"{statistics.fmean(after(name, 'length_after')):.0f}", spread(last(name, "entropy")),
+                   f"{max(row['truncated'] for r in results[name] for row in r['rows']):.0%}"] for name in ARMS])
+    probed = [name for name in ARMS if results[name][0]["probe"]]
+    ends = lambda name, read: " to ".join(f"{statistics.fmean(read(r['probe'][i]) for r in results[name]):.3f}" for i in (0, -1))
+    inside = table(["arm", "perplexity of its own answers", "of fixed right answers", "cosine(H^5, H^8)", "cosine(H^2, H^8)",
+                    "entropy change of block 2", "of block 5", "of block 7"],
+                   [[name, *(ends(name, read) for read in (
+                       lambda p: p["ppl_own"], lambda p: p["ppl_fixed"], lambda p: p["cosine"][4][7], lambda p: p["cosine"][1][7],
+                       *(lambda p, l=l: p["layer_change"][l - 1] for l in (2, 5, 7))))] for name in probed])
+    passes = table(["arm", *(f"Pass@{k}" for k in (1, 2, 4, 8, 16, 32, 64))],
+                   [[name, *(f"{statistics.fmean(at(name, k)):.3f}" for k in (1, 2, 4, 8, 16, 32, 64))] for name in ARMS])
+    write("bupo", results, {"arms": arms, "inside": inside, "passes": passes, "depth": depth_table()})
 
-    def job(pair):
-        name, seed = pair
-        script, flags, *_ = ARMS[name]
-        return run(script, seed, args.runs / f"{name.replace(' ', '_')}-{seed}", flags.split())
-
-    with ThreadPoolExecutor(args.workers) as pool:
-        done = dict(zip(jobs, tqdm(pool.map(job, jobs), total=len(jobs), unit="run")))
-    results = {name: [done[name, seed] for seed in range(args.seeds)] for name in ARMS}
-
-    out = ROOT / "docs" / "results"
-    summaries = {name: [summary for summary, _ in runs] for name, runs in results.items()}
-    (out / "bupo.json").write_text(json.dumps(summaries, indent=1) + "\n")
-    heads = ["arm", "flags", "accuracy after", "Pass@8 after", "tokens", "entropy, last 4 steps", "most truncated in a step"]
-    table = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
-    for name, runs in results.items():
-        script, flags, *_ = ARMS[name]
-        last = [statistics.fmean(row["entropy"] for row in rows[-4:]) for _, rows in runs]
-        worst = max(row["truncated"] for _, rows in runs for row in rows)
-        table.append(f"| {name} | `{script} {flags}` | {spread([s['avg_at_k_after'] for s, _ in runs])} | "
-                     f"{spread([s['pass_at_after']['8'] for s, _ in runs])} | "
-                     f"{statistics.fmean(s['length_after'] for s, _ in runs):.0f} | {spread(last)} | {worst:.0%} |")
-    (out / "bupo_table.md").write_text("\n".join(table) + "\n")
-    print("\n".join(table))
-
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), constrained_layout=True)
-    titles = {"reward": "share of answers right", "length": "tokens per answer", "entropy": "entropy, nats per token"}
-    for axis, (key, title) in zip(axes, titles.items()):
-        for name, runs in results.items():
-            columns = list(zip(*[[statistics.fmean(row[key] for row in rows[max(0, i - 3):i + 1]) for i in range(len(rows))]
-                                 for _, rows in runs]))
-            axis.plot(range(1, len(columns) + 1), [statistics.fmean(c) for c in columns], ARMS[name][3], color=ARMS[name][2],
-                      linewidth=2.2, label=name)
-        axis.set_title(title, fontsize=13)
-        axis.set_xlabel("step", fontsize=12)
-        axis.tick_params(labelsize=11)
-        axis.grid(alpha=0.25)
-    axes[0].legend(fontsize=9.5, loc="center right", bbox_to_anchor=(1.0, 0.31))
+    out, titles = ROOT / "docs" / "results", {"reward": "share of answers right", "length": "tokens per answer",
+                                              "entropy": "entropy, nats per token"}
+    figure, rows = plt.subplots(2, 3, figsize=(13, 7.6), constrained_layout=True)
+    for axes, names in zip(rows, (list(ARMS)[:6], ["GRPO", *list(ARMS)[6:9], "BuPO"])):
+        for axis, (key, title) in zip(axes, titles.items()):
+            for name in names:
+                band(axis, [smooth(r["rows"], key) for r in results[name]], name, ARMS[name][2], ARMS[name][3],
+                     fill=ARMS[name][3] == "-")
+            tidy(axis, title, legend=key == "reward")
     figure.savefig(out / "bupo.png", dpi=110)
+
+    figure, rows = plt.subplots(2, 3, figsize=(13, 7.6), constrained_layout=True)
+    for name in ["GRPO", *list(ARMS)[9:]]:
+        own, of = ARMS[name], results[name]
+        style = dict(label=name, color=own[2], style=own[3], fill=own[3] == "-")
+        layer = int(name.split()[1]) if name.startswith("block") else BOUNDARY
+        for axis, key in zip(rows[0], titles):
+            band(axis, [smooth(r["rows"], key) for r in of], **style)
+        steps = [p["step"] for p in of[0]["probe"]]
+        for axis, read in zip(rows[1], (lambda p: p["ppl_own"], lambda p, l=layer: statistics.fmean(p["cosine"][l - 1][l:]),
+                                        lambda p, l=layer: p["layer_change"][l - 1])):
+            band(axis, [[read(p) for p in r["probe"]] for r in of], x=steps, **style)
+    for axis, title in zip(rows.flat, [*titles.values(), "perplexity of its own answers",
+                                       "mean cosine of H^l with later blocks (GRPO: l = 5)",
+                                       "entropy change of block l, nats (GRPO: l = 5)"]):
+        tidy(axis, title, legend=axis is rows[0][0])
+    rows[1][0].set_ylim(1, 2)
+    figure.savefig(out / "bupo_blocks.png", dpi=110)
+
+    figure, axis = plt.subplots(figsize=(6.5, 4.4), constrained_layout=True)
+    for name in list(ARMS)[:6]:
+        band(axis, [[r["summary"]["pass_at_after"][str(k)] for k in range(1, 65)] for r in results[name]], name, ARMS[name][2],
+             ARMS[name][3], fill=ARMS[name][3] == "-")
+    axis.set_xscale("log", base=2)
+    tidy(axis, "Pass@k", "k answers", legend=True)
+    figure.savefig(out / "bupo_pass.png", dpi=110)
 
 
 if __name__ == "__main__":
