@@ -7,6 +7,7 @@ There is no gradient through the sampling, and the gradient of H_t by logit v is
 Run:   python entropy_min.py                           half a minute on a laptop
        python entropy_min.py --model Qwen/Qwen2.5-Math-7B --data problems.jsonl --select 100
        python grpo.py --model runs/entropy_min         reinforcement learning after it
+       python entropy_min.py --analyze --model tiny runs/entropy_min runs/grpo     whose logits moved, and which way
 See:   entropy falls at once; accuracy on held-out problems rises, for about ten updates. Keep going, or double the learning
        rate, and the model is sure of wrong answers: try --lr 6e-4. Nothing in the loss knows right from wrong.
 
@@ -25,19 +26,24 @@ Deviations ledger: paper | the authors' code | here, and why
   the problem      | the largest variance of correctness in a pool | one text; its label, never used, should be 12.699, not 12.8 |
       one of --data at random; --select N by variance (reads labels to choose, never to train); --problem, --problem-file
   longest answer   | 2048 tokens | 512 | --max-new-tokens
+  logit statistics | "logits" | each model on its own answers: the 50 largest, over T 0.6, zeros dropped | --analyze: all models
+      on the same answers, all V logits as they are, and the authors' statistic beside them
 """
+import json
 import pathlib
+import sys
 from dataclasses import dataclass
 
 import torch
 
-from common.data import batch_of, encode_prompts
+from common.data import batch_of, encode_prompts, load_problems
 from common.errors import BadInput
 from common.evaluate import evaluate
-from common.flags import Shared, exit_on_bad_input, flag, parse_flags
+from common.flags import OneLineParser, Shared, exit_on_bad_input, flag, parse_flags
 from common.internal_policy import hidden_states
 from common.logprobs import micro_batches, token_logprobs
-from common.models import causal_lm
+from common.models import causal_lm, load_model, load_tokenizer
+from common.plot import plot_logits
 from common.run import start
 from common.sampling import join, sample
 
@@ -85,6 +91,34 @@ def choose_problems(run) -> list[dict]:
     return [pool[i] for i in order[:cfg.shots]]
 
 
+@torch.no_grad()
+def logit_statistics(model, rollout, budget: int, temperature: float = 0.6, top_k: int = 50) -> dict[str, dict]:
+    """The shape of a model's logits where it predicts a rollout's answers: {"raw": ..., "top_k": ...}, each with "mean", "std",
+    "skewness" (m3 / m2^1.5, population moments) and "histogram" (shares of 600 bins of width 0.2 from -60 to 60).
+
+    raw: all V logits of a position. top_k: the top_k largest over temperature, which is what is left in a sampler's scores and
+    what the authors took. Summed up about `budget` logits x 1024 at a time, in float64.
+    """
+    lm, powers, counts = causal_lm(model), {"raw": 0.0, "top_k": 0.0}, {"raw": 0.0, "top_k": 0.0}
+    for m in micro_batches(torch.arange(len(rollout.mask), device=rollout.mask.device), rollout, budget):  # (b,) row numbers
+        part = rollout[m]
+        ids, predicts = join(part.prompts, part.tokens, part.lengths)                   # (b, S) each
+        for hidden in hidden_states(model, ids)[predicts].split(max(1, budget * 1024 // lm.config.vocab_size)):  # (n, D)
+            logits = lm.lm_head(hidden).float()                                         # (n, V)
+            kept = logits.topk(min(top_k, logits.shape[-1])).values / temperature       # (n, top_k)
+            for name, x in (("raw", logits), ("top_k", kept)):
+                powers[name] += torch.stack([x.double().pow(i).sum() for i in range(4)]).cpu()      # (4,)
+                counts[name] += torch.histc(x.clamp(-60, 60), 600, -60, 60).double().cpu()          # (600,)
+    found = {}
+    for name, (n, *sums) in powers.items():
+        mean, second, third = (total / n for total in sums)
+        variance = second - mean ** 2
+        skewness = (third - 3 * mean * second + 2 * mean ** 3) / variance ** 1.5
+        found[name] = {"mean": mean.item(), "std": variance.sqrt().item(), "skewness": skewness.item(),
+                       "histogram": (counts[name] / n).tolist()}
+    return found
+
+
 @dataclass
 class Config:
     steps: int = flag(10, "optimiser updates; the paper: 10, then accuracy falls", low=1)
@@ -104,8 +138,65 @@ class Config:
     authors_mask: bool = flag(False, "take the entropy one position late, as the released code does")
 
 
+@dataclass
+class Analysis:
+    model: str = flag("tiny", "tiny, local model or run folders, hub ids: several, compared on the first one's answers")
+    data: str = flag("arithmetic", "arithmetic, a .jsonl/.json/.parquet file, or a hub id (owner/set or owner/set:config)")
+    split: str = flag("test", "split of a hub dataset")
+    prompt_column: str = flag(None, "column with the problem", type=str)
+    answer_column: str = flag(None, "column with the gold answer", type=str)
+    problems: int = flag(20, "problems, one answer to each; the authors: 20", low=1)
+    max_new_tokens: int = flag(80, "longest answer in tokens; the authors: 500", real=500, low=1)
+    temperature: float = flag(0.6, "for sampling, and divides the top-k statistic; the authors: 0.6", above=0)
+    top_k: int = flag(50, "logits of a position in the authors' statistic", low=1)
+    system: str = flag("", "system message before each problem")
+    thinking: bool = flag(False, "let the chat template open a thinking block")
+    micro_batch_tokens: int = flag(4096, "prompt and answer tokens in one forward pass", real=16384, low=1)
+    device: str = flag("auto", "auto, cpu, cuda, mps")
+    dtype: str = flag("auto", "float32 on a CPU, else bfloat16", choices=("auto", "float32", "bfloat16"))
+    seed: int = flag(0, "draws problems and answers", low=0)
+    output: str = flag("runs/logits", "new or empty folder for logits.json and logits.png")
+
+
+def analyze(argv: list[str]) -> None:
+    """--analyze: one table and one figure of the logits of several models on the same answers, those of the first model."""
+    parser = OneLineParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--model", nargs="+", action="extend", default=[])
+    parser.add_argument("--analyze", action="store_true")
+    given, rest = parser.parse_known_args(argv)
+    names = list(dict.fromkeys(given.model or ["tiny"]))
+    cfg = parse_flags(Analysis, description=analyze.__doc__, argv=["--model", names[0], *rest])
+    folder = pathlib.Path(cfg.output)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BadInput(f"--output {folder}: holds something already; choose another folder")
+    models = {name: load_model(name, cfg.device, cfg.dtype) for name in names}
+    sizes = {name: causal_lm(model).config.vocab_size for name, model in models.items()}
+    if len(set(sizes.values())) > 1:
+        raise BadInput(f"--model: the same answers need the same vocabulary, these have {sizes}")
+    tokenizer, first = load_tokenizer(names[0]), models[names[0]]
+    problems = load_problems(cfg.data, cfg.split, cfg.prompt_column, cfg.answer_column, True, cfg.seed, cfg.problems)
+    longest = causal_lm(first).config.max_position_embeddings - cfg.max_new_tokens
+    prompts = [row["prompt"] for row in encode_prompts(tokenizer, problems, cfg.system, cfg.thinking, longest)]
+    rollout = sample(first, tokenizer, prompts, 1, cfg.max_new_tokens, cfg.temperature, seed=cfg.seed)
+    found = {name: logit_statistics(m, rollout, cfg.micro_batch_tokens, cfg.temperature, cfg.top_k) for name, m in models.items()}
+    print(f"{len(prompts)} answers of {names[0]}, {int(rollout.lengths.sum())} tokens, {sizes[names[0]]} logits at each\n"
+          f"all logits{f'the {cfg.top_k} largest / {cfg.temperature}':>38}\n" + "   mean    std  skewness " * 2 + "  model")
+    for name, of in found.items():
+        print("".join(f"{x['mean']:7.2f}{x['std']:7.2f}{x['skewness']:10.3f} " for x in (of["raw"], of["top_k"])) + f"  {name}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "logits.json").write_text(json.dumps({"flags": {**vars(cfg), "model": names}, "models": found}, indent=1))
+    except OSError as error:
+        raise BadInput(f"--output {folder}: cannot write there ({error.strerror})") from error
+    plot_logits(found, folder / "logits.png")
+    print(f"written: {folder}/logits.json, logits.png")
+
+
 @exit_on_bad_input
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if "--analyze" in argv:
+        return analyze(argv)
     cfg = parse_flags(Config, Shared, description=__doc__, argv=argv)
     if cfg.group_size % cfg.shots or (cfg.problem or cfg.problem_file) and cfg.shots > 1:
         raise BadInput(f"--shots {cfg.shots} must divide --group-size {cfg.group_size}, and be 1 with --problem")

@@ -109,6 +109,7 @@ class Config:
     temperature: float = flag(1.0, "for sampling and in training alike", above=0)
     lr: float = flag(3e-4, "AdamW, constant; the paper: 1e-6", real=1e-6, above=0)
     updates_per_rollout: int = flag(1, "optimiser steps a rollout, each on its share of the prompts; the authors: 4", low=1)
+    ppo_epochs: int = flag(1, "passes over a rollout, each with all its updates; the authors: 1", low=1)
     advantage: str = flag("grpo", "how rewards become advantages", choices=("grpo", "rloo", "reinforce++", "dr_grpo"))
     aggregation: str = flag("token", "mean over all tokens, per answer first, or over a constant length",
                             choices=("token", "sequence", "constant"))
@@ -147,9 +148,9 @@ def main(argv=None):
                                  for rows in updates])                                          # (B, 1)
         parts, gaps = [], []
         with run.clock("training"):
-            old_logp = None if cfg.updates_per_rollout == 1 else score(                         # (B, T)
+            old_logp = None if cfg.updates_per_rollout * cfg.ppo_epochs == 1 else score(        # (B, T)
                 model, rollout, useful.nonzero()[:, 0], cfg.micro_batch_tokens, cfg.temperature)
-            for rows in updates:
+            for update, rows in enumerate(updates * cfg.ppo_epochs):
                 for m in micro_batches(rows[useful[rows]], rollout, cfg.micro_batch_tokens):    # (b,) row numbers
                     part = rollout[m]
                     logp, _ = response_logprobs(model, part, cfg.temperature)                   # (b, T)
@@ -162,7 +163,7 @@ def main(argv=None):
                         loss = loss + cfg.kl_coef * kl_loss(logp, ref_logp, old, mask[m], denominator[m])
                     loss.backward()
                     parts.append({"loss": loss.item(), **metrics})
-                    if rows is updates[0]:
+                    if update == 0:
                         gaps.append((logp.detach() - part.logp)[mask[m] > 0])
                 parts.append({"grad_norm": optimizer.step(max_norm=1.0)})
         run.log(rollout, rewards, parts, gaps)

@@ -113,3 +113,28 @@ def plot_internal(views: dict[str, dict], folder: pathlib.Path) -> None:
         column[1].set_ylim(bottom=0)
         column[1].set_xlabel("block", fontsize=13)
     finish(figure, axes.flat, "cosines.png")
+
+
+def plot_logits(found: dict[str, dict], path: pathlib.Path) -> None:
+    """Histograms of entropy_min.logit_statistics, all models in both: every logit on the left, the authors' statistic right."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    colours, dashes = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"), ("-", "--", "-.", ":")
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.4), constrained_layout=True)
+    for axis, key, title in zip(axes, ("raw", "top_k"), ("all logits", "the largest, over the sampling temperature")):
+        for i, (name, of) in enumerate(found.items()):
+            share = [sum(of[key]["histogram"][x:x + 3]) for x in range(0, 600, 3)]
+            inside = [x for x, y in enumerate(share) if y > 3e-5]
+            axis.plot([-59.7 + 0.6 * x for x in range(inside[0], inside[-1] + 1)], share[inside[0]:inside[-1] + 1],
+                      dashes[i % 4], color=colours[i % 6], linewidth=2, label=f"{name}: skewness {of[key]['skewness']:.2f}")
+            axis.axvline(of[key]["mean"], color=colours[i % 6], linestyle=dashes[i % 4], linewidth=1)
+        axis.set_title(title, fontsize=14)
+        axis.set_xlabel("logit (thin vertical line: mean)", fontsize=12)
+        axis.set_ylabel("share in a bin of 0.6", fontsize=12)
+        axis.tick_params(labelsize=11)
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=11, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -116,10 +116,11 @@ def depth_table() -> str:
               f"{view['l2_norm']['layer_out'][l]:.1f}", f"{view['final_norm']['layer_out'][l]:.3f}", f"{normed['ffn'][l]:+.3f}"]
              for l in range(model.config.num_hidden_layers)]
     found = {kind: ", ".join(f"{t} gives {l}" for t, l in boundaries(view[kind]).items()) for kind in ("entropy", "final_norm")}
-    return table(["block", "entropy of its policy, nats", "FFN change", "attention change", "size of H", "with the final norm: entropy",
-                  "FFN change"], lines) + (
-        f"\nln V is {math.log(V):.3f}; the stream that enters block 1 has {view['entropy']['layer_in'][0]:.3f} nats. The boundary by "
-        f"tolerance: as in the paper {found['entropy']}; with the final norm {found['final_norm']}.\n")
+    heads = ["block", "entropy of its policy, nats", "FFN change", "attention change", "size of H",
+             "with the final norm: entropy", "FFN change"]
+    return table(heads, lines) + (
+        f"\nln V is {math.log(V):.3f}; the stream that enters block 1 has {view['entropy']['layer_in'][0]:.3f} nats. The "
+        f"boundary by tolerance: as in the paper {found['entropy']}; with the final norm {found['final_norm']}.\n")
 
 
 def main():

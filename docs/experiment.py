@@ -31,7 +31,7 @@ BLUE, SKY, ORANGE, VERMILION, GREEN, PURPLE, GREY = "#0072B2 #56B4E9 #E69F00 #D5
 
 class Watched(common.run.Run):
     """A run that is looked at every few steps; the model before training is evaluated once for all runs of an experiment."""
-    probe, every, prepare = None, 4, None
+    probe, every, prepare, after = None, 4, None, None
 
     def attach(self, name, part):
         return super().attach(name, self.prepare(self, part) if self.prepare and name == "optimizer" else part)
@@ -47,15 +47,21 @@ class Watched(common.run.Run):
         if when == "before" and self.probe:
             self.look(0)
         cfg = self.cfg
-        name = pathlib.Path(cfg.model).parent.name or cfg.model
-        cache = self.folder.parent / f"before-{name}-{cfg.eval_problems}x{cfg.eval_k}-{cfg.max_new_tokens}.json"
+        name = cfg.model.strip("/").replace("/", "_")
+        cache = self.folder.parent / f"before-{name[-80:]}-{cfg.eval_problems}x{cfg.eval_k}-{cfg.max_new_tokens}.json"
         if when == "before" and cache.exists():
             self.summary |= json.loads(cache.read_text())
             return None
         result = super().measure(when)
         if when == "before":
-            common.run.write_atomically(cache, json.dumps({k: v for k, v in self.summary.items() if k.endswith("_before") or k == "k"}))
+            known = {key: value for key, value in self.summary.items() if key.endswith("_before") or key == "k"}
+            common.run.write_atomically(cache, json.dumps(known))
         return result
+
+    def finish(self):
+        super().finish()
+        if self.after:
+            (self.folder / "after.json").write_text(json.dumps(self.after(self)))
 
     def log(self, *args, **values):
         super().log(*args, **values)
@@ -64,29 +70,30 @@ class Watched(common.run.Run):
 
 
 def one(job):
-    """One run in this process; what it prints goes to <run>.log. probe(run) -> dict is called every few steps,
-    prepare(run, optimizer) -> optimizer before the first."""
+    """One run in this process; what it prints goes to <run>.log. probe(run) -> dict is called every few steps, after(run) -> dict
+    at the end, prepare(run, optimizer) -> optimizer before the first step."""
     folder, script, flags, watch, commit = job
     if not (folder / "commit.txt").exists():
         shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
         torch.set_num_threads(1)
-        common.run.Run = type("Watched", (Watched,), {k: v if k == "every" else staticmethod(v) for k, v in watch.items()})
-        with open(folder.with_name(folder.name + ".log"), "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        common.run.Run = type("Watched", (Watched,), {k: staticmethod(v) if callable(v) else v for k, v in watch.items()})
+        with open(f"{folder}.log", "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
             try:
                 importlib.import_module(script.removesuffix(".py")).main([*flags, "--output", str(folder)])
             except SystemExit as error:
                 raise RuntimeError(f"{script} {' '.join(flags)}: see {log.name}") from error
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         (folder / "commit.txt").write_text(commit)
-    lines = lambda name: [json.loads(line) for line in (folder / name).read_text().splitlines()] if (folder / name).exists() else []
-    return {"summary": json.loads((folder / "summary.json").read_text()), "rows": lines("metrics.jsonl"), "probe": lines("probe.jsonl"),
-            "versions": json.loads((folder / "config.json").read_text())["versions"], "commit": (folder / "commit.txt").read_text()}
+    read = lambda name, default: (folder / name).read_text() if (folder / name).exists() else default
+    rows, probes = ([json.loads(line) for line in read(name, "").splitlines()] for name in ("metrics.jsonl", "probe.jsonl"))
+    return {"summary": json.loads(read("summary.json", "{}")), "after": json.loads(read("after.json", "{}")), "rows": rows,
+            "probe": probes, "versions": json.loads(read("config.json", ""))["versions"], "commit": read("commit.txt", "")}
 
 
 def runs(experiment: str, arms: dict, seeds: int, workers: int = 2, **watch) -> dict[str, list[dict]]:
-    """arms: name -> (script, flags, ...), flags with {seed} and {runs} filled in. watch: probe, every, prepare for all arms; an
-    arm's own come in a dict as its last element. -> name -> a result a seed, in order."""
+    """arms: name -> (script, flags, ...), {seed} and {runs} filled in. watch: probe, every, after, prepare, for all; an arm's
+    own come in a dict as its last element. -> name -> a result a seed, in order."""
     git = lambda *command: subprocess.run(["git", *command], capture_output=True, text=True, cwd=ROOT).stdout.strip()
     edited = " with uncommitted edits" if git("status", "--porcelain", "--untracked-files=no") else ""
     commit, base, jobs = git("rev-parse", "--short", "HEAD") + edited, ROOT / "runs" / "docs" / experiment, []
@@ -149,12 +156,13 @@ def table(heads, rows) -> str:
 
 
 def write(name: str, results: dict, tables: dict[str, str]) -> None:
-    """docs/results/<name>.json with every seed's summary, versions and commit; tables go between marks in <name>.md, and are printed.
+    """docs/results/<name>.json with every seed's summary, versions and commit; tables go into <name>.md, and are printed.
 
     In the Markdown file a table stands between <!-- table: key --> and <!-- end -->; the words around it are ours.
     """
     out = ROOT / "docs" / "results"
-    kept = {arm: [{"commit": r["commit"], "versions": r["versions"], **r["summary"], "probe": r["probe"]} for r in of]
+    kept = {arm: [{"commit": r["commit"], "versions": r["versions"], **r["summary"], "probe": r["probe"],
+                   "at_the_end": r["after"]} for r in of]
             for arm, of in results.items()}
     (out / f"{name}.json").write_text(json.dumps(kept, separators=(",", ":")) + "\n")
     page = out / f"{name}.md"

@@ -115,6 +115,36 @@ def test_it_lowers_the_entropy_on_a_given_problem(tmp_path, capsys):
     assert len(stopped) < 8 and "stopped after step" in capsys.readouterr().out
 
 
+def test_logit_statistics_by_hand():
+    """A head of zeros but for one row makes the logits of a position (c, 0, 0, ..., 0) with c the same everywhere if the hidden states are.
+    Instead of guessing c: with V = 4 logits (c, 0, 0, 0) the mean is c/4, the variance 3c^2/16, m3 = (27 - 3) c^3 / 256 = 6 c^3 / 64, so
+    the skewness is (6/64) / (3/16)^1.5 = 2/sqrt(3), whatever c > 0 is, and mean / std = 1 / sqrt(3). The 2 largest over T = 0.5 are
+    (2c, 0): skewness 0, mean = std."""
+    model = random_model("llama", vocab_size=4)
+    rollout = rollout_of([[1, 2]], torch.tensor([3]), T=3)
+    constant = torch.ones(1, 1, model.config.hidden_size)
+    model.model.forward = lambda input_ids, **_: type("O", (), {"last_hidden_state": constant.expand(*input_ids.shape, -1)})()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()[0] = 0.1
+    of = entropy_min.logit_statistics(model, rollout, 100, temperature=0.5, top_k=2)
+    assert of["raw"]["skewness"] == pytest.approx(2 / 3 ** 0.5, abs=1e-5) and of["top_k"]["skewness"] == pytest.approx(0, abs=1e-5)
+    assert of["raw"]["mean"] / of["raw"]["std"] == pytest.approx(3 ** -0.5, abs=1e-5)
+    assert of["top_k"]["mean"] == pytest.approx(of["top_k"]["std"], rel=1e-5) == pytest.approx(4 * of["raw"]["mean"], rel=1e-5)
+    assert sum(of["raw"]["histogram"]) == pytest.approx(1)
+
+
+def test_analyze(tmp_path, capsys, model_folder):
+    """Two models on the same answers: the same model twice under two names gives the same row; files are written; another vocabulary or a
+    folder in use is one line and exit code 2."""
+    entropy_min.main(["--analyze", "--model", "tiny", "common/tiny", "--problems", "3", "--output", str(tmp_path / "a")])
+    found = json.loads((tmp_path / "a" / "logits.json").read_text())["models"]
+    assert found["tiny"] == found["common/tiny"] and (tmp_path / "a" / "logits.png").stat().st_size > 10_000
+    for flags, message in (([], "holds something"), (["--output", str(tmp_path / "b")], "same vocabulary")):
+        with pytest.raises(SystemExit) as stop:
+            entropy_min.main(["--analyze", "--model", "tiny", str(model_folder), "--output", str(tmp_path / "a"), *flags])
+        assert stop.value.code == 2 and message in capsys.readouterr().err and not (tmp_path / "b").exists()
+
+
 @pytest.mark.parametrize("flags, message", [
     ("--shots 3", "divide"), ("--problem x --shots 2", "be 1 with --problem"), ("--problem-file nowhere.txt", "no such file"),
     ("--select 1 --shots 2", "fewer"), ("--loss-temperature 0", "above 0"), ("--repetition-penalty 0.5", "at least 1")])

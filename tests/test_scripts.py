@@ -55,6 +55,15 @@ def test_switches(flags, tmp_path):
     assert len(rows) == 2 and all(torch.tensor(row.get("grad_norm", 0.0)).isfinite() for row in rows)
 
 
+def test_second_pass_over_a_rollout_is_off_policy(tmp_path):
+    """One pass: every ratio is 1. Two passes: the second starts from other weights, so some ratio is not 1, and the averages are over two
+    updates: the first adds clip fraction 0."""
+    flags = ("--steps", 1, "--group-size", 16, "--eval-problems", 0)
+    one, = run(grpo, *flags, output=tmp_path / "one")
+    two, = run(grpo, *flags, "--ppo-epochs", 2, output=tmp_path / "two")
+    assert one["ratio_max"] == 1 and two["ratio_max"] > 1 and one["reward"] == two["reward"] and 0 <= two["clip_fraction"] <= 0.5
+
+
 def test_first_phase_trains_the_lower_blocks_only(tmp_path):
     """Two internal steps at block 3: blocks 1-3, embedding and unembedding move, blocks 4-8 and the final norm stay to the bit."""
     bupo.main([*SMALL, "--layer", "3", "--internal-steps", "2", "--prompts-per-step", "8", "--group-size", "16", "--max-new-tokens", "60",
