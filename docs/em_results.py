@@ -1,0 +1,175 @@
+"""One-shot entropy minimization's claims on the embedded model -> docs/results/entropy_min.{json,md} and its figures.
+
+    python docs/em_results.py              # 17 arms, eight seeds, two runs at a time: about half an hour; finished runs are kept
+"""
+import statistics
+from collections import Counter
+
+import matplotlib.pyplot as plt
+from experiment import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    ROOT,
+    VERMILION,
+    arguments,
+    band,
+    paired,
+    runs,
+    spread,
+    table,
+    tidy,
+    write,
+)
+
+from common.evaluate import evaluate
+from common.models import load_model, load_tokenizer
+from common.sampling import sample
+from common.verify import extract_answer
+from entropy_min import logit_statistics
+
+TEMPERATURES = (0.0, 0.3, 0.6, 1.0, 1.5)
+EVAL = "--eval-problems 128 --eval-k 8"
+STOPS = (0.7, 0.5, 0.3, 0.2)
+
+
+def shape_of(result: dict) -> dict:
+    """Format and skill apart: share of answers that end in a box, and accuracy among those."""
+    answers = [("\\boxed{" in text, right) for row in result["answers"]
+               for text, right in zip(row["responses"], row["correct"])]
+    parsed = [right for found, right in answers if found]
+    return {"accuracy": result["avg_at_k"], "length": result["length"], "parsed": len(parsed) / len(answers),
+            "accuracy_parsed": statistics.fmean(parsed) if parsed else 0.0}
+
+
+def probe(run) -> dict:
+    """Labelled: accuracy on 64 held-out problems. Unlabelled, as a stopping rule may see it: how many of a problem's answers
+    agree with their majority."""
+    result = evaluate(run.model, run.tokenizer, run.held_out[:64], 8, run.cfg.max_new_tokens, seed=99)
+    votes = [Counter(extract_answer(text) for text in row["responses"]).most_common(1)[0][1] / 8 for row in result["answers"]]
+    return {**shape_of(result), "agreement": statistics.fmean(votes)}
+
+
+def after(run) -> dict:
+    """Accuracy at several temperatures, and the logits on answers of the embedded model, the same ones for every model."""
+    base, tokenizer = load_model("tiny", "cpu", "float32"), load_tokenizer("tiny")
+    answers = sample(base, tokenizer, [row["prompt"] for row in run.held_out[:32]], 1, run.cfg.max_new_tokens, 0.6, seed=3)
+    logits = logit_statistics(run.model, answers, 4096)
+    for of in logits.values():
+        del of["histogram"]
+    rows, longest = run.held_out[:64], run.cfg.max_new_tokens
+    heat = {str(T): shape_of(evaluate(run.model, run.tokenizer, rows, 8 if T else 1, longest, T, seed=7)) for T in TEMPERATURES}
+    return {"logits": logits, "temperatures": heat}
+
+
+def ascend(_run, optimizer):
+    """The control: the same updates uphill."""
+    optimizer.adamw.param_groups[0]["maximize"] = True
+    return optimizer
+
+
+RL = "--steps 16"
+FIRST = {  # name -> script, flags, what is watched
+    "EM": ("entropy_min.py", EVAL, dict(after=after)),
+    "EM 40 updates": ("entropy_min.py", f"{EVAL} --steps 40", dict(probe=probe, every=5)),
+    "EM lr 6e-4": ("entropy_min.py", f"{EVAL} --lr 6e-4"),
+    "EM lr 1.5e-4": ("entropy_min.py", f"{EVAL} --lr 1.5e-4"),
+    "loss T 0.25": ("entropy_min.py", f"{EVAL} --loss-temperature 0.25"),
+    "loss T 1": ("entropy_min.py", f"{EVAL} --loss-temperature 1"),
+    "loss T 1.5": ("entropy_min.py", f"{EVAL} --loss-temperature 1.5"),
+    "sampled as the script": ("entropy_min.py", f"{EVAL} --top-p 0.95 --repetition-penalty 1.15"),
+    "authors' mask": ("entropy_min.py", f"{EVAL} --authors-mask"),
+    "4 problems": ("entropy_min.py", f"{EVAL} --shots 4"),
+    "16 problems": ("entropy_min.py", f"{EVAL} --shots 16"),
+    "64 problems": ("entropy_min.py", f"{EVAL} --shots 64"),
+    "chosen by variance": ("entropy_min.py", f"{EVAL} --select 32"),
+    "entropy ascent": ("entropy_min.py", EVAL, dict(prepare=ascend)),
+    "GRPO": ("grpo.py", f"{EVAL} {RL}", dict(after=after)),
+}
+THEN = {
+    "EM, then GRPO": ("grpo.py", f"{EVAL} {RL} --model {{runs}}/EM-{{seed}}/model", dict(after=after)),
+    "GRPO, then EM": ("entropy_min.py", f"{EVAL} --model {{runs}}/GRPO-{{seed}}/model"),
+}
+BASE = {"base": ("entropy_min.py", "--eval-problems 64 --eval-k 2 --steps 1 --lr 1e-12", dict(after=after))}  # the model as it is
+
+
+def stopped(result, share) -> float:
+    """Accuracy at the first probe after the sampled entropy fell below `share` of its first value (the last probe if never)."""
+    start = result["rows"][0]["entropy"]
+    step = next((row["step"] for row in result["rows"] if row["entropy"] < share * start), 10 ** 6)
+    return next((p for p in result["probe"] if p["step"] >= step), result["probe"][-1])["accuracy"]
+
+
+def main():
+    args = arguments(__doc__, seeds=8)
+    results = runs("em", FIRST, args.seeds, args.workers)
+    results |= runs("em", THEN, args.seeds, args.workers) | runs("em", BASE, 1, args.workers)
+    after_ = lambda name: [r["summary"]["avg_at_k_after"] for r in results[name]]
+    names = [name for name in (*FIRST, *THEN) if name != "base"]
+    before = results["EM"][0]["summary"]["avg_at_k_before"]
+    arms = table(["arm", "accuracy after", "minus EM, paired seeds", "Pass@8", "tokens"],
+                 [[name, spread(after_(name)), "" if name == "EM" else paired(after_(name), after_("EM")),
+                   f"{statistics.fmean(r['summary']['pass_at_after']['8'] for r in results[name]):.3f}",
+                   f"{statistics.fmean(r['summary']['length_after'] for r in results[name]):.0f}"] for name in names])
+    arms += f"\nBefore: {before:.3f}. Accuracy: Avg@8 at temperature 1 on 128 held-out problems, mean (lowest to highest seed).\n"
+
+    long = results["EM 40 updates"]
+    steps = [p["step"] for p in long[0]["probe"]]
+    mean = lambda key, i: statistics.fmean(r["probe"][i][key] for r in long)
+    course = table(["updates", "accuracy", "lowest and highest seed", "parsed", "accuracy of the parsed", "tokens", "agreement",
+                    "sampled entropy"],
+                   [[step, f"{mean('accuracy', i):.3f}", "{:.3f}, {:.3f}".format(*(f(r["probe"][i]["accuracy"] for r in long)
+                                                                                  for f in (min, max))),
+                     f"{mean('parsed', i):.3f}", f"{mean('accuracy_parsed', i):.3f}", f"{mean('length', i):.0f}",
+                     f"{mean('agreement', i):.3f}",
+                     f"{statistics.fmean(r['rows'][min(step, 39)]['entropy'] for r in long):.3f}"]
+                    for i, step in enumerate(steps)])
+    peak = [max(p["accuracy"] for p in r["probe"]) for r in long]
+    at10 = [next(p for p in r["probe"] if p["step"] == 10)["accuracy"] for r in long]
+    first_fall = []  # where agreement falls for the first time from one probe to the next
+    for votes, r in (([p["agreement"] for p in r["probe"]], r) for r in long):
+        fall = next((i for i in range(1, len(steps)) if votes[i] < votes[i - 1]), len(steps) - 1)
+        first_fall.append(r["probe"][fall]["accuracy"])
+    stops = table(["rule", "accuracy where it stops", "below the seed's peak"],
+                  [["the peak itself (needs labels)", spread(peak), ""], ["10 updates", spread(at10), paired(peak, at10)],
+                   *([f"entropy below {share} of its start", spread([stopped(r, share) for r in long]),
+                      paired(peak, [stopped(r, share) for r in long])] for share in STOPS),
+                   ["agreement of answers falls", spread(first_fall), paired(peak, first_fall)]])
+
+    four = ["base", "EM", "GRPO", "EM, then GRPO"]
+    heat = table(["temperature of the evaluation", *four],
+                 [[T if T else "greedy", *(spread([r["after"]["temperatures"][str(T)]["accuracy"] for r in results[name]])
+                                           for name in four)] for T in TEMPERATURES])
+    form = table(["at temperature 1", "accuracy", "parsed", "accuracy of the parsed", "tokens"],
+                 [[name, *(f"{statistics.fmean(r['after']['temperatures']['1.0'][key] for r in results[name]):.3f}"
+                           for key in ("accuracy", "parsed", "accuracy_parsed", "length"))] for name in four])
+    of = lambda name, which, key: spread([r["after"]["logits"][which][key] for r in results[name]], 2)
+    logits = table(["model", "all logits: mean", "std", "skewness", "50 largest / 0.6: mean", "std", "skewness"],
+                   [[name, *(of(name, which, key) for which in ("raw", "top_k") for key in ("mean", "std", "skewness"))]
+                    for name in four])
+    write("entropy_min", results, {"arms": arms, "course": course, "stops": stops, "heat": heat, "form": form, "logits": logits})
+
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4.4), constrained_layout=True)
+    band(axes[0], [[p["accuracy"] for p in r["probe"]] for r in long], "accuracy, held-out", BLUE, x=steps)
+    band(axes[0], [[p["agreement"] for p in r["probe"]] for r in long], "agreement with the majority", GREEN, "--", x=steps)
+    entropies = [[row["entropy"] / r["rows"][0]["entropy"] for row in r["rows"]] for r in long]
+    band(axes[0], entropies, "entropy / its start", GREY, ":")
+    tidy(axes[0], "one problem, 40 updates, eight seeds", "updates", legend=True)
+    for name, color, style in zip(four, (GREY, BLUE, VERMILION, PURPLE), ("-", "--", "-.", ":")):
+        curves = [[r["after"]["temperatures"][str(T)]["accuracy"] for T in TEMPERATURES] for r in results[name]]
+        band(axes[1], curves, name, color, style, x=TEMPERATURES)
+    tidy(axes[1], "accuracy by sampling temperature", "temperature", legend=True)
+    order = [name for name in names if name in FIRST and name not in ("GRPO", "EM 40 updates")]
+    for y, name in enumerate(reversed(order)):
+        axes[2].plot(after_(name), [y] * args.seeds, "o", color=ORANGE if name == "EM" else BLUE, alpha=0.5)
+        axes[2].plot(statistics.fmean(after_(name)), y, "|", color="black", markersize=16)
+    axes[2].axvline(before, color=GREY, linestyle=":")
+    axes[2].set_yticks(range(len(order)), list(reversed(order)))
+    tidy(axes[2], "accuracy after, each seed (dotted: before)", "accuracy")
+    figure.savefig(ROOT / "docs" / "results" / "entropy_min.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()
