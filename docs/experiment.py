@@ -65,6 +65,7 @@ class Watched(common.run.Run):
 
     def log(self, *args, **values):
         super().log(*args, **values)
+        self.last = args
         if self.probe and (self.step + 1) % self.every == 0:
             self.look(self.step + 1)
 
