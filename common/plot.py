@@ -1,7 +1,24 @@
-"""The learning curve of a run: reward, length and entropy a step, with the accuracy before and after."""
+"""Figures of runs. Each run draws its own curve.png; several are compared by
+
+    python -m common.plot runs/grpo runs/grpo-2 runs/bupo -o compare.png
+
+Runs with the same flags but for the seed are one curve: their mean, with a band from the lowest to the highest. A method has the
+same colour in every figure.
+"""
+import argparse
 import json
 import math
 import pathlib
+
+from common.errors import BadInput
+from common.flags import OneLineParser, exit_on_bad_input
+
+COLOURS = {"grpo": "#0072B2", "bupo": "#D55E00", "kl3_grpo": "#009E73", "ppo": "#CC79A7", "entropy_min": "#E69F00",
+           "long_cot_sft": "#56B4E9"}
+PANELS = {"reward": ("share of answers right", ("reward",)), "entropy": ("entropy, nats per token", ("entropy",)),
+          "length": ("tokens per answer", ("length",)),
+          "clip": ("share of tokens clipped", ("clip_fraction", "clip_up", "clip_down")),
+          "seconds": ("seconds a step", ("seconds_sampling", "seconds_verifying", "seconds_training"))}
 
 
 def plot_run(folder: pathlib.Path) -> None:
@@ -138,3 +155,99 @@ def plot_logits(found: dict[str, dict], path: pathlib.Path) -> None:
         axis.legend(fontsize=11, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def read_run(folder: str) -> dict:
+    """A run's folder -> {"script", "flags", "rows", "summary"}. BadInput if it is none, or has no step yet."""
+    path = pathlib.Path(folder)
+    try:
+        config = json.loads((path / "config.json").read_text())
+        rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+        summary = json.loads((path / "summary.json").read_text()) if (path / "summary.json").exists() else {}
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{folder}: not a folder of a run ({type(error).__name__})") from error
+    if not rows:
+        raise BadInput(f"{folder}: no step in its metrics.jsonl yet")
+    return {"script": config["script"], "flags": config["flags"], "rows": rows, "summary": summary}
+
+
+def group_runs(runs: list[dict]) -> dict[str, list[dict]]:
+    """Runs that differ in their seed alone belong together -> {label: runs}; labels name the flags that tell groups apart."""
+    aside = {"seed", "output", "resume", "save_every", "device"}
+    same = lambda run: (run["script"], json.dumps({k: v for k, v in run["flags"].items() if k not in aside}, sort_keys=True))
+    groups = {}
+    for run in runs:
+        groups.setdefault(same(run), []).append(run)
+    labelled = {}
+    for (script, _), of in groups.items():
+        kin = [other[0]["flags"] for (name, _), other in groups.items() if name == script]
+        differ = [k for k in kin[0] if k not in aside and len({json.dumps(flags.get(k)) for flags in kin}) > 1]
+        labelled[" ".join([script, *(f"{k.replace('_', '-')}={of[0]['flags'].get(k)}" for k in differ)])] = of
+    return labelled
+
+
+def plot_runs(groups: dict[str, list[dict]], path: pathlib.Path) -> None:
+    """Reward, entropy, length, clip fraction and seconds by step, accuracy before and after; means of a tenth of the run."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 3, figsize=(14, 8), constrained_layout=True)
+    dashes, drawn = ("-", "--", "-.", ":"), {}
+    for label, runs in groups.items():
+        script = runs[0]["script"]
+        drawn[script] = drawn.get(script, -1) + 1
+        look = dict(color=COLOURS.get(script, "#777777"), linestyle=dashes[drawn[script] % 4])
+        for axis, (title, keys) in zip(axes.flat, PANELS.values()):
+            axis.set_title(title, fontsize=15)
+            curves = []
+            for run in runs:
+                values = [sum(row[key] for key in keys if key in row) if any(key in row for key in keys) else math.nan
+                          for row in run["rows"]]
+                width = max(1, len(values) // 10)
+                curves.append([sum(values[max(0, i + 1 - width):i + 1]) / min(width, i + 1) for i in range(len(values))])
+            columns, steps = list(zip(*curves)), [row["step"] for row in runs[0]["rows"]]
+            if any(not math.isnan(y) for column in columns for y in column):
+                axis.plot(steps[:len(columns)], [sum(c) / len(c) for c in columns], linewidth=2.5, label=label, **look)
+                axis.fill_between(steps[:len(columns)], [min(c) for c in columns], [max(c) for c in columns], color=look["color"],
+                                  alpha=0.15, linewidth=0)
+        pairs = [(run["summary"]["avg_at_k_before"], run["summary"]["avg_at_k_after"]) for run in runs
+                 if "avg_at_k_after" in run["summary"]]
+        for before, after in pairs:
+            axes[1][2].plot(["before", "after"], [before, after], alpha=0.35, linewidth=1, **look)
+        if pairs:
+            axes[1][2].plot(["before", "after"], [sum(x) / len(x) for x in zip(*pairs)], marker="o", linewidth=2.5, **look)
+    axes[1][2].set_title("held-out accuracy", fontsize=15)
+    for axis in axes.flat:
+        axis.tick_params(labelsize=13)
+        axis.grid(alpha=0.25)
+        if axis is not axes[1][2]:
+            axis.set_xlabel("step", fontsize=13)
+    axes[1][0].set_ylim(bottom=0, top=max(0.01, axes[1][0].get_ylim()[1]))
+    axes[1][1].set_ylim(bottom=0)
+    figure.legend(*axes[0][1].get_legend_handles_labels(), fontsize=13, loc="outside lower center", ncols=2)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+@exit_on_bad_input
+def main(argv=None):
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", help="folders of runs")
+    parser.add_argument("-o", "--output", required=True, help="the .png (or .pdf, .svg) to write")
+    args = parser.parse_args(argv)
+    output = pathlib.Path(args.output)
+    if output.suffix not in (".png", ".pdf", ".svg"):
+        raise BadInput(f"-o {output}: end it in .png, .pdf or .svg")
+    groups = group_runs([read_run(folder) for folder in args.runs])
+    for label, runs in groups.items():
+        print(f"{label}: {len(runs)} run(s), seeds {', '.join(str(run['flags'].get('seed')) for run in runs)}")
+    try:
+        plot_runs(groups, output)
+    except OSError as error:
+        raise BadInput(f"-o {output}: cannot write there ({error.strerror})") from error
+    print(f"written: {output}")
+
+
+if __name__ == "__main__":
+    main()
