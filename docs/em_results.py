@@ -1,6 +1,6 @@
 """One-shot entropy minimization's claims on the embedded model -> docs/results/entropy_min.{json,md} and its figures.
 
-    python docs/em_results.py              # 17 arms, eight seeds, two runs at a time: about half an hour; finished runs are kept
+    python docs/em_results.py              # 15 arms, eight seeds, two runs at a time: about half an hour; finished runs are kept
 """
 import statistics
 from collections import Counter
@@ -76,14 +76,12 @@ FIRST = {  # name -> script, flags, what is watched
     "EM 40 updates": ("entropy_min.py", f"{EVAL} --steps 40", dict(probe=probe, every=5)),
     "EM lr 6e-4": ("entropy_min.py", f"{EVAL} --lr 6e-4"),
     "EM lr 1.5e-4": ("entropy_min.py", f"{EVAL} --lr 1.5e-4"),
-    "loss T 0.25": ("entropy_min.py", f"{EVAL} --loss-temperature 0.25"),
     "loss T 1": ("entropy_min.py", f"{EVAL} --loss-temperature 1"),
     "loss T 1.5": ("entropy_min.py", f"{EVAL} --loss-temperature 1.5"),
     "sampled as the script": ("entropy_min.py", f"{EVAL} --top-p 0.95 --repetition-penalty 1.15"),
     "authors' mask": ("entropy_min.py", f"{EVAL} --authors-mask"),
     "4 problems": ("entropy_min.py", f"{EVAL} --shots 4"),
     "16 problems": ("entropy_min.py", f"{EVAL} --shots 16"),
-    "64 problems": ("entropy_min.py", f"{EVAL} --shots 64"),
     "chosen by variance": ("entropy_min.py", f"{EVAL} --select 32"),
     "entropy ascent": ("entropy_min.py", EVAL, dict(prepare=ascend)),
     "GRPO": ("grpo.py", f"{EVAL} {RL}", dict(after=after)),
