@@ -227,7 +227,7 @@ def main(argv=None):
             for m in micro_batches(rows, rollout, cfg.micro_batch_tokens):                      # (b,) row numbers
                 entropy = answer_entropies(model, rollout[m], cfg.loss_temperature, int(cfg.authors_mask))  # (b, T)
                 loss = (entropy * mask[m]).sum() / mask.sum().clamp(min=1)
-                loss.backward()
+                optimizer.backward(loss)
                 parts.append({"loss": loss.item()})
             parts.append({"grad_norm": optimizer.step(max_norm=1.0)})
         run.log(rollout, parts=parts)

@@ -161,7 +161,7 @@ def main(argv=None):
                         with torch.no_grad(), reference() as initial:
                             ref_logp, _ = response_logprobs(initial, part, cfg.temperature)     # (b, T)
                         loss = loss + cfg.kl_coef * kl_loss(logp, ref_logp, old, mask[m], denominator[m])
-                    loss.backward()
+                    optimizer.backward(loss)
                     parts.append({"loss": loss.item(), **metrics})
                     if update == 0:
                         gaps.append((logp.detach() - part.logp)[mask[m] > 0])

@@ -2,9 +2,13 @@
 import argparse
 import dataclasses
 import functools
+import gc
 import json
+import math
 import pathlib
 import sys
+
+import torch
 
 from common.errors import BadInput
 from common.models import is_small
@@ -71,7 +75,7 @@ def parse_flags(*classes, description: str, argv: list[str] | None = None) -> ar
             kind = dict(action=argparse.BooleanOptionalAction)
         parser.add_argument(*names, default=None, help=text, **kind)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    saved = read_saved_flags(given["resume"]) if given.get("resume") else {}
+    saved = read_config(given["resume"])["flags"] if given.get("resume") else {}
     merged = {**saved, **given}
     small = is_small(merged.get("model", "tiny"))
     for name, field in fields.items():
@@ -82,6 +86,8 @@ def parse_flags(*classes, description: str, argv: list[str] | None = None) -> ar
 
 def check_range(name: str, value, meta) -> None:
     low, high, above = meta["low"], meta["high"], meta["above"]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BadInput(f"--{name.replace('_', '-')} {value}: must be a finite number")
     if isinstance(value, (int, float)) and not isinstance(value, bool) and not (
             (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)):
         bounds = (("at least", low), ("at most", high), ("above", above))
@@ -89,23 +95,37 @@ def check_range(name: str, value, meta) -> None:
         raise BadInput(f"--{name.replace('_', '-')} {value}: must be {rule}")
 
 
-def read_saved_flags(folder: str) -> dict:
+def read_config(folder: str) -> dict:
+    """config.json of a run: its "script" and its "flags". Raises BadInput."""
     path = pathlib.Path(folder) / "config.json"
     if not path.is_file():
         raise BadInput(f"--resume {folder}: no run there (no config.json)")
-    return json.loads(path.read_text())["flags"]
+    try:
+        config = json.loads(path.read_text())
+        return {"script": config["script"], "flags": dict(config["flags"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"--resume {folder}: its config.json is not a run's") from error
 
 
 def exit_on_bad_input(main):
-    """Wraps a script's main: BadInput becomes one line on stderr and exit code 2, a second Ctrl-C one line and 130."""
+    """Wraps a script's main: BadInput becomes one line on stderr and exit code 2, a second Ctrl-C one line and 130.
+
+    A BadInput that has a .retry is tried once more with those arguments, after all that main held is gone from memory.
+    """
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
-        try:
-            return main(*args, **kwargs)
-        except BadInput as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(2) from None
-        except KeyboardInterrupt:
-            print("\ninterrupted; --resume goes on from the last checkpoint, if there is one", file=sys.stderr)
-            raise SystemExit(130) from None
+        for last in (False, True):
+            try:
+                return main(*args, **kwargs)
+            except BadInput as error:
+                retry = None if last else error.retry
+                print(f"{error}\nonce more: {' '.join(retry)}" if retry else f"error: {error}", file=sys.stderr)
+                if not retry:
+                    raise SystemExit(2) from None
+                args, kwargs = (retry,), {}
+            except KeyboardInterrupt:
+                print("\ninterrupted; --resume goes on from the last checkpoint, if there is one", file=sys.stderr)
+                raise SystemExit(130) from None
+            gc.collect()
+            torch.cuda.empty_cache()
     return wrapped

@@ -29,12 +29,11 @@ def model_path(name: str) -> str:
 
 
 def _from_pretrained(loader, name: str, **kwargs):
-    """loader.from_pretrained, with what can go wrong in one line."""
+    """loader.from_pretrained, with what can go wrong in one line. No code that comes with a model is ever run."""
+    path = model_path(name)
     try:
-        return loader.from_pretrained(model_path(name), **kwargs)
-    except (OSError, ValueError) as error:  # unreachable hub, unknown id, broken or foreign files: transformers uses these two
-        if isinstance(error, BadInput):
-            raise
+        return loader.from_pretrained(path, trust_remote_code=False, **kwargs)
+    except Exception as error:  # unreachable hub, unknown id, broken or foreign files: tokenizers and safetensors raise their own
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise BadInput(f"cannot load model {name!r}: {reason[:300]}") from error
 
@@ -80,7 +79,7 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto", lora_rank: 
     place = pick_device(device)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(dtype) or (
         torch.float32 if place.type == "cpu" else torch.bfloat16)
-    model = _from_pretrained(AutoModelForCausalLM, name, dtype=dtype, attn_implementation="sdpa").to(place)
+    model = _from_pretrained(AutoModelForCausalLM, name, dtype=dtype, attn_implementation="sdpa", use_safetensors=True).to(place)
     if lora_rank:
         from peft import LoraConfig, PeftModel, get_peft_model
         model = (PeftModel.from_pretrained(model, adapter, is_trainable=True) if adapter else

@@ -1,4 +1,6 @@
 """AdamW that keeps a float32 copy of low-precision weights: at lr 1e-6 only one bfloat16 weight in fifty would move at all."""
+import math
+
 import torch
 
 
@@ -7,6 +9,7 @@ class MasterAdamW:
 
     Gradients of bfloat16 weights are added up in float32 as each backward pass delivers them, so the number of micro-batches
     changes nothing but the last bits. A weight that got no gradient is left alone altogether: no decay, no step count.
+    .updates counts the updates made since the program began.
     """
 
     def __init__(self, model, lr: float, weight_decay: float = 0.01):
@@ -16,6 +19,7 @@ class MasterAdamW:
             if master is not weight:
                 weight.register_post_accumulate_grad_hook(self._collector(master))
         self.adamw = torch.optim.AdamW(self.masters, lr=lr, weight_decay=weight_decay)
+        self.given, self.updates, self.loss_is_finite = {"lr": lr, "weight_decay": weight_decay}, 0, True
 
     @staticmethod
     def _collector(master):
@@ -27,15 +31,24 @@ class MasterAdamW:
     def zero_grad(self) -> None:
         """Forgets all gradients (None, not zero)."""
         self.adamw.zero_grad(set_to_none=True)
+        self.loss_is_finite = True
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """loss.backward(); and if the loss is NaN or infinite, the next step() updates nothing, whatever the gradient is."""
+        loss.backward()
+        self.loss_is_finite &= math.isfinite(loss.item())
 
     @torch.no_grad()
     def step(self, max_norm: float = 1.0) -> float:
         """Clips the gradient to a global norm, updates, forgets the gradient -> the norm before clipping.
 
-        If the norm is not finite, nothing is updated. Gradients take no memory while answers are sampled.
+        If the norm or a loss given to backward() is not finite, nothing is updated, and NaN or infinity is returned. Gradients
+        take no memory while answers are sampled.
         """
         norm = torch.nn.utils.clip_grad_norm_(self.masters, max_norm).item()
-        if norm - norm == 0 and norm > 0:
+        norm = norm if self.loss_is_finite else math.nan
+        if math.isfinite(norm) and norm > 0:
+            self.updates += 1
             self.adamw.step()
             for weight, master in zip(self.weights, self.masters):
                 if master is not weight and master.grad is not None:
@@ -49,6 +62,8 @@ class MasterAdamW:
 
     def load_state_dict(self, state: dict) -> None:
         self.adamw.load_state_dict(state["adamw"])
+        for group in self.adamw.param_groups:  # a resumed run may have been given another learning rate
+            group.update(self.given)
         copies = [master for weight, master in zip(self.weights, self.masters) if master is not weight]
         for master, saved in zip(copies, state["masters"], strict=True):
             master.copy_(saved)

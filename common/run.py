@@ -7,7 +7,8 @@
     run.finish()                           # evaluates, saves the model, prints where everything lies
 
 Nothing random is kept between steps: data order and answers follow from (seed, step). So a checkpoint is the weights, the
-optimiser and a step number, and a resumed run gives the weights of an uninterrupted one.
+optimiser and a step number, and a resumed run gives the weights of an uninterrupted one. Every file and folder is written
+beside its place and renamed into it: whatever moment a run dies at, what has its final name is whole.
 """
 import contextlib
 import json
@@ -15,7 +16,6 @@ import math
 import os
 import pathlib
 import platform
-import shutil
 import signal
 import sys
 import time
@@ -24,9 +24,11 @@ import torch
 import transformers
 from tqdm import tqdm
 
+from common.checkpoints import clean, label, newest, prune, sync, whole_folder, write_atomically, writing
 from common.data import encode_prompts, load_train_and_eval
 from common.errors import BadInput
 from common.evaluate import describe, evaluate
+from common.flags import read_config
 from common.models import causal_lm, load_model, load_tokenizer, max_rows_for, memory_plan
 from common.optim import MasterAdamW
 from common.plot import plot_run
@@ -39,16 +41,11 @@ class Run:
         self.cfg, self.name, self.seconds, self.notes = cfg, name, {}, set()
         self.first, self.checkpoint, self.stopping, self.parts = 0, None, False, {}
         self.folder = pathlib.Path(cfg.resume or cfg.output or self.free_folder(name))
-        if not cfg.resume and self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+        if not cfg.resume and self.folder.exists() and (
+                not self.folder.is_dir() or any(path.suffix != ".tmp" for path in self.folder.iterdir())):
             raise BadInput(f"--output {self.folder}: holds something already; take another folder, or --resume {self.folder}")
         if cfg.resume:
-            script = json.loads((self.folder / "config.json").read_text())["script"]
-            if script != name:
-                raise BadInput(f"--resume {self.folder}: a run of {script}.py, not of {name}.py")
-            found = sorted((self.folder / "checkpoints").glob("step-*"))
-            if not found:
-                raise BadInput(f"--resume {self.folder}: no checkpoint there yet")
-            self.checkpoint, self.first = found[-1], int(found[-1].name.split("-")[1])
+            self.find_checkpoint()
         summary = self.folder / "summary.json"
         self.summary = json.loads(summary.read_text()) if cfg.resume and summary.exists() else {}
 
@@ -57,45 +54,71 @@ class Run:
         numbered = (pathlib.Path("runs") / (name if i == 1 else f"{name}-{i}") for i in range(1, 10_000))
         return next(folder for folder in numbered if not folder.exists())
 
+    def find_checkpoint(self) -> None:
+        """With --resume: the .checkpoint to go on from and its step, .first; None and 0 if the run died before the first one."""
+        config, flags = read_config(self.folder), vars(self.cfg)
+        if config["script"] != self.name:
+            raise BadInput(f"--resume {self.folder}: a run of {config['script']}.py, not of {self.name}.py")
+        for name in ("model", "dtype", "lora_rank"):  # a checkpoint fits no others
+            had = config["flags"].get(name, flags[name])
+            if flags[name] != had:
+                raise BadInput(f"--{name.replace('_', '-')} {flags[name]}: the run in {self.folder} has {had}, and keeps it")
+        self.checkpoint, self.first = newest(self.folder, self.name)
+        if self.first > self.cfg.steps:
+            raise BadInput(f"--steps {self.cfg.steps}: the run in {self.folder} has done {self.first} already")
+
     def attach(self, name: str, part):
         """Keeps part, anything with state_dict and load_state_dict, as <name>.pt in checkpoints -> part, restored on --resume."""
         self.parts[name] = part
         if self.checkpoint:
-            part.load_state_dict(torch.load(self.checkpoint / f"{name}.pt", map_location="cpu", weights_only=True))
+            try:
+                part.load_state_dict(torch.load(self.checkpoint / f"{name}.pt", map_location="cpu", weights_only=True))
+            except Exception as error:  # a stranger's file fails in any way it likes
+                reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+                raise BadInput(f"{self.checkpoint}/{name}.pt does not fit this run: {reason[0][:200]}") from error
         return part
 
     def begin(self) -> None:
         """Makes the folder, or brings an old one back to its checkpoint: rows of steps that will be done again are dropped."""
-        try:
+        with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.folder / "config.json", json.dumps({
-                "script": self.name, "flags": {**vars(self.cfg), "resume": None, "output": str(self.folder)},
-                "versions": {"torch": torch.__version__, "transformers": transformers.__version__,
-                             "python": platform.python_version()},
-            }, indent=1))
-        except OSError as error:
-            raise BadInput(f"--output {self.folder}: cannot write there ({error.strerror})") from error
+            clean(self.folder)
+        self.write("config.json", json.dumps({
+            "script": self.name, "flags": {**vars(self.cfg), "resume": None, "output": str(self.folder)},
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__,
+                         "python": platform.python_version()},
+        }, indent=1))
+        self.write("summary.json", json.dumps(self.summary, indent=1))  # what a script chose before its first step
         metrics = self.folder / "metrics.jsonl"
-        rows = [json.loads(line) for line in metrics.read_text().splitlines() if line.endswith("}")] if metrics.exists() else []
-        self.rows = [row for row in rows if row["step"] <= self.first]
-        write_atomically(metrics, "".join(json.dumps(row) + "\n" for row in self.rows))
+        lines = metrics.read_text().split("\n")[:-1] if metrics.exists() else []  # a line cut short has no end
+        self.rows = [row for row in map(json.loads, lines) if row["step"] <= self.first]
+        self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def write(self, name: str, text: str) -> None:
+        with writing(self.folder):
+            write_atomically(self.folder / name, text)
 
     def steps(self):
         """Yields the steps that remain, 0-based. The folder is made here: what a script checks before leaves nothing behind."""
         cfg = self.cfg
         self.begin()
-        if self.held_out and "avg_at_k_before" not in self.summary:
+        if self.held_out and self.first == 0 and "avg_at_k_before" not in self.summary:
             self.measure("before")
         self.started = time.time()
         previous = {s: signal.signal(s, self.ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
         self.bar = tqdm(total=cfg.steps, initial=self.first, desc=self.name, unit="step", dynamic_ncols=True)
         try:
             for step in range(self.first, cfg.steps):
-                self.step, self.seconds = step, {}
+                self.step, self.seconds, self.updates = step, {}, self.count_updates()
+                torch.manual_seed(cfg.seed * 100_000 + step)  # dropout, if a model has any, follows from (seed, step) as well
                 yield step
                 self.bar.update()
-                if self.stopping or (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
+                bad = [row for row in self.rows[-5:] if row.get("skipped") or math.isnan(row.get("entropy", 0.0))]
+                stuck = len(bad) == 5
+                if self.stopping or stuck or (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
                     self.save(step + 1)
+                if stuck:
+                    raise BadInput(f"step {step + 1} is the fifth in a row without sane numbers: {self.diagnosis()}")
                 if self.stopping and step + 1 < cfg.steps:
                     self.bar.close()
                     print(f"stopped after step {step + 1}, nothing is lost; go on: python {self.name}.py --resume {self.folder}")
@@ -109,23 +132,54 @@ class Run:
         if self.stopping:
             raise KeyboardInterrupt
         self.stopping = True
-        tqdm.write("finishing this step, then saving (press Ctrl-C again to leave at once)")
+        os.write(2, b"\nfinishing this step, then saving (press Ctrl-C again to leave at once)\n")  # print may be what it cut
 
     @contextlib.contextmanager
     def clock(self, part: str):
-        """Adds the seconds of a block to `seconds_<part>` of the current step."""
+        """Adds the seconds of a block to `seconds_<part>` of the current step. Memory that runs out in it is one line."""
         started = time.perf_counter()
-        yield
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "CPUAllocator" not in str(error):
+                raise
+            raise self.out_of_memory(part) from error
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - started
+
+    def count_updates(self) -> list:
+        return [getattr(part, "updates", None) for part in self.parts.values()]
+
+    def out_of_memory(self, part: str) -> BadInput:
+        """In training a run is taken up once more, as --resume does, with half the micro-batch: no gradient counts twice.
+
+        If nothing has been updated since the step began, its start becomes a checkpoint; else the last one is gone back to.
+        """
+        now = self.cfg.micro_batch_tokens
+        lower = {"training": f"--micro-batch-tokens {now}", "evaluating": "--eval-k or --max-new-tokens"}
+        error = BadInput(f"out of memory while {part}: lower {lower.get(part, '--group-size or --max-new-tokens')}, "
+                         f"then --resume {self.folder}")
+        if part == "training" and now > 1:
+            if self.step > self.first and self.updates == self.count_updates() and None not in self.updates:
+                self.save(self.step)
+            error.retry = ["--resume", str(self.folder), "--micro-batch-tokens", str(now // 2)]
+        return error
+
+    def diagnosis(self) -> str:
+        """Why no update could be made, as far as it can be seen, and what to do."""
+        broken = next((name for name, weight in self.model.named_parameters() if not weight.isfinite().all()), None)
+        if broken:
+            return f"the weights are not finite ({broken}), take another --model"
+        what = "gradient is" if math.isfinite(self.rows[-1].get("loss", 0.0)) else "loss and its gradient are"
+        return f"the weights are finite, the {what} not; lower --lr or take --dtype float32, with --resume {self.folder}"
 
     def log(self, rollout=None, rewards=None, parts=(), gaps=(), **values) -> None:
         """Writes one row for the current step, shows the bar, warns of what tends to go wrong.
 
         rollout and rewards ((P, G) or None) add reward, length, share truncated, entropy (nats, of the policy that was sampled,
         mean over tokens) and the share of groups without signal. parts: metrics of micro-batches, summed and divided by
-        updates_per_rollout (names in _max: the largest). gaps: tensors of log-prob differences between the trainer and
+        the updates of the step (names in _max: the largest). gaps: tensors of log-prob differences between the trainer and
         the sampler on the same weights and tokens, nats; their mean and largest size are logged.
         """
         row = {"step": self.step + 1}
@@ -135,21 +189,26 @@ class Run:
                 row |= {"reward": rewards.mean().item(),
                         "no_signal": (rewards == rewards[:, :1]).all(1).float().mean().item()}
             row |= {"length": tokens / len(rollout.lengths), "truncated": 1 - rollout.finished.float().mean().item(),
-                    "entropy": (rollout.entropy.sum() / tokens).item(),
+                    "entropy": (rollout.entropy.sum() / max(1, tokens)).item(),
                     "tokens": tokens, "tokens_per_second": tokens / sum(self.seconds.values())}
+        updates = getattr(self.cfg, "updates_per_rollout", 1) * getattr(self.cfg, "ppo_epochs", 1)
         for name in sorted({name for part in parts for name in part}):
             found = [part[name] for part in parts if name in part]
-            row[name] = max(found) if name.endswith("_max") else sum(found) / getattr(self.cfg, "updates_per_rollout", 1)
+            row[name] = max(found) if name.endswith("_max") else sum(found) / updates
+        if "grad_norm" in row:
+            row["skipped"] = sum(not math.isfinite(part.get("grad_norm", 0.0)) for part in parts)
         if gaps:
             gap = torch.cat(gaps).abs()
             row |= {"gap_mean": gap.mean().item(), "gap_max": gap.max().item()}
         row |= values | {f"seconds_{part}": s for part, s in self.seconds.items()} | {"peak_gb": peak_bytes() / 2**30}
         row = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()}
         self.rows.append(row)
-        with open(self.folder / "metrics.jsonl", "a") as file:
+        with writing(self.folder), open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
         shown = {"reward": "reward", "loss": "loss", "length": "length", "entropy": "entropy", "tokens_per_second": "tok/s"}
-        self.bar.set_postfix({short: f"{row[name]:.3g}" for name, short in shown.items() if name in row})
+        skipped = sum(row.get("skipped", 0) for row in self.rows)
+        self.bar.set_postfix({short: f"{row[name]:.3g}" for name, short in shown.items() if name in row} | (
+            {"skipped": skipped} if skipped else {}))
         self.warn(row)
 
     def warn(self, row: dict) -> None:
@@ -162,7 +221,8 @@ class Run:
              "in over 80 % of the groups all answers are right or all wrong, nothing to learn: other problems or larger groups"),
             ("entropy", row.get("entropy", first) < 0.1 * first,
              "the entropy has fallen below a tenth of its start, the model repeats itself: lower --lr"),
-            ("finite", not math.isfinite(row.get("grad_norm", 0.0)), "the gradient is not finite: this update was left out"),
+            ("finite", row.get("skipped"),
+             "the loss or its gradient is not finite, so the update was left out; five such steps in a row end the run"),
         ):
             if seen and key not in self.notes:
                 self.notes.add(key)
@@ -171,49 +231,47 @@ class Run:
     def measure(self, when: str) -> dict:
         """Evaluates on the held-out problems, prints the line, keeps it in summary.json."""
         cfg = self.cfg
-        result = evaluate(self.model, self.tokenizer, self.held_out, cfg.eval_k, cfg.max_new_tokens, seed=10_000,
-                          label=f"evaluating {when}")
+        with self.clock("evaluating"):
+            result = evaluate(self.model, self.tokenizer, self.held_out, cfg.eval_k, cfg.max_new_tokens, seed=10_000,
+                              label=f"evaluating {when}")
         print(f"{when + ':':7} {describe(result)}", flush=True)
         self.summary |= {f"avg_at_k_{when}": result["avg_at_k"], f"standard_error_{when}": result["standard_error"],
                          f"pass_at_{when}": result["pass_at"], f"length_{when}": result["length"], "k": cfg.eval_k}
-        write_atomically(self.folder / "summary.json", json.dumps(self.summary, indent=1))
+        self.write("summary.json", json.dumps(self.summary, indent=1))
         return result
 
     def save(self, step: int) -> None:
-        """A checkpoint after `step` steps: made in a temporary folder, synced, renamed; the last two stay."""
+        """A checkpoint after `step` steps; the last two stay."""
         folder = self.folder / "checkpoints" / f"step-{step:06}"
-        temporary = folder.with_suffix(".tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        save_model(self.model, self.tokenizer, temporary / "model")
-        for name, part in self.parts.items():
-            torch.save(part.state_dict(), temporary / f"{name}.pt")
-        for path in [*temporary.rglob("*"), temporary]:
-            sync(path)
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
-        sync(folder.parent)
-        for old in sorted(folder.parent.glob("step-??????"))[:-2]:
-            shutil.rmtree(old)
+        with writing(self.folder), whole_folder(folder) as temporary:
+            sync(self.folder / "metrics.jsonl")  # rows up to here are not made again
+            save_model(self.model, self.tokenizer, temporary / "model")
+            for name, part in self.parts.items():
+                torch.save(part.state_dict(), temporary / f"{name}.pt")
+            label(temporary, self.name, step)
+        prune(folder)
 
     def finish(self) -> None:
         """Evaluates, saves the model, draws curve.png, prints sample answers and where everything lies."""
-        save_model(self.model, self.tokenizer, self.folder / "model")
+        with writing(self.folder), whole_folder(self.folder / "model") as temporary:
+            save_model(self.model, self.tokenizer, temporary)
         if self.held_out:
             result = self.measure("after")
-            gain, error = (self.summary["avg_at_k_after"] - self.summary["avg_at_k_before"],
-                           math.hypot(self.summary["standard_error_after"], self.summary["standard_error_before"]))
-            print(f"change: {gain:+.3f} ± {error:.3f}\n")
+            if "avg_at_k_before" in self.summary:
+                gain, error = (self.summary["avg_at_k_after"] - self.summary["avg_at_k_before"],
+                               math.hypot(self.summary["standard_error_after"], self.summary["standard_error_before"]))
+                print(f"change: {gain:+.3f} ± {error:.3f}\n")
             for row in result["answers"][:3]:
                 verdict = "right" if row["correct"][0] else "wrong"
                 print(f"  {str(row['problem'])[-300:]}  gold {row['answer']}\n    {verdict}: {row['responses'][0][:600]}")
         seconds = self.summary.get("seconds", 0) + time.time() - self.started
         self.summary |= {"seconds": round(seconds, 1), "steps": self.cfg.steps}
-        write_atomically(self.folder / "summary.json", json.dumps(self.summary, indent=1))
-        plot_run(self.folder)
+        self.write("summary.json", json.dumps(self.summary, indent=1))
+        with writing(self.folder):
+            plot_run(self.folder)
         if self.cfg.merge and self.cfg.lora_rank:
-            save_model(self.model.merge_and_unload(), self.tokenizer, self.folder / "merged")
+            with writing(self.folder), whole_folder(self.folder / "merged") as temporary:
+                save_model(self.model.merge_and_unload(), self.tokenizer, temporary)
         print(f"\nmodel: {self.folder}/model   metrics: {self.folder}/metrics.jsonl   figure: {self.folder}/curve.png")
 
 
@@ -246,8 +304,8 @@ def start(cfg, name: str) -> Run:
     plan = memory_plan(run.model, rows, tokens, cfg.micro_batch_tokens, max_rows_for(lm, tokens))
     scale, unit = (1, "GiB") if plan["peak"] >= 1 else (1024, "MiB")
     print(f"memory plan, {unit}: " + ", ".join(f"{part} {gib * scale:.1f}" for part, gib in plan.items() if gib))
-    if run.checkpoint:
-        print(f"going on from step {run.first} of {cfg.steps} in {run.folder}")
+    if cfg.resume:
+        print(f"going on from step {run.first} of {cfg.steps} in {run.folder}" + " (no checkpoint yet)" * (not run.checkpoint))
     return run
 
 
@@ -265,21 +323,3 @@ def peak_bytes() -> float:
         return math.nan
     import resource  # not on Windows
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def sync(path: pathlib.Path) -> None:
-    if os.name == "nt":  # cannot open folders there
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_atomically(path: pathlib.Path, text: str) -> None:
-    """The file is either the old or the new one, never half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    sync(temporary)
-    temporary.replace(path)

@@ -527,10 +527,15 @@ def parses(gold: str) -> bool:
     return len(gold) <= MAX_CHARS and bool(normalize(gold))
 
 
-def main(path: str) -> None:
+def main(path: str = "") -> None:
     """Print accuracy and speed on labelled pairs."""
-    with open(path, encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
+    try:
+        with open(path, encoding="utf-8") as file:
+            rows = [{key: row[key] for key in ("pred", "gold", "expect")} for row in map(json.loads, file)]
+        assert rows, "no rows"
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        print(f"error: {path or 'pairs.jsonl'}: give a file of rows pred, gold, expect ({error})", file=sys.stderr)
+        raise SystemExit(2) from None
     start = time.perf_counter()
     wrong = [row["expect"] for row in rows if (reward(row["pred"], row["gold"]) == 1) != row["expect"]]
     rate = len(rows) / (time.perf_counter() - start)
@@ -539,4 +544,4 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:2])

@@ -153,7 +153,7 @@ def test_lora(tmp_path):
         assert torch.allclose(initial(input_ids=ids).logits, base(input_ids=ids).logits, atol=1e-6)
 
 
-def bad_inputs(tmp_path, early):
+def bad_inputs(tmp_path):
     data = tmp_path / "data.jsonl"
     data.write_text('{"text": "a"}')
     empty = tmp_path / "empty.jsonl"
@@ -161,7 +161,7 @@ def bad_inputs(tmp_path, early):
     full = tmp_path / "full"
     full.mkdir(exist_ok=True)
     (full / "metrics.jsonl").write_text("{}\n")
-    for folder, script in (("foreign", "ppo"), ("early", "grpo"), ("early-bupo", "bupo")):
+    for folder, script in (("foreign", "ppo"),):
         (tmp_path / folder).mkdir(exist_ok=True)
         (tmp_path / folder / "config.json").write_text(json.dumps({"script": script, "flags": {"steps": 3}}))
     return {
@@ -169,13 +169,13 @@ def bad_inputs(tmp_path, early):
         f"--data {data}": "column", f"--data {empty}": "no rows", "--group-size 1": "at least 2", "--lr 0": "above 0", "--lr x": "invalid float",
         "--temperature 0": "above 0", "--steps 0": "at least 1", "--clip-low 2": "at most 1", "--advantage ppo": "invalid choice",
         "--no-such-flag 1": "unrecognized", "--device cuda:7": "--device", f"--output {full}": "holds something already",
-        f"--resume {tmp_path}": "no run there", f"--resume {tmp_path / 'foreign'}": "a run of ppo.py", f"--resume {tmp_path / early}": "no checkpoint", "--updates-per-rollout 3": "must divide", "--max-new-tokens 512": "context", "--kl-coef -1": "at least 0"}
+        f"--resume {tmp_path}": "no run there", f"--resume {tmp_path / 'foreign'}": "a run of ppo.py", "--updates-per-rollout 3": "must divide", "--max-new-tokens 512": "context", "--kl-coef -1": "at least 0"}
 
 
 @scripts
 def test_bad_input_is_one_line_and_code_2(script, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    table = bad_inputs(tmp_path, "early" if script is grpo else "early-bupo")
+    table = bad_inputs(tmp_path)
     if script is bupo:
         table |= {"--layer 0": "1 (lowest) to 8", "--layer 9": "1 (lowest) to 8", "--layer x": "1 (lowest) to 8", "--internal-steps -1": "at least 0"}
     before = sorted(tmp_path.rglob("*"))
