@@ -1,6 +1,11 @@
 """Problems with answers: the embedded arithmetic, a local .jsonl/.json/.parquet, or a hub dataset -> rows {"problem", "answer"}.
 
-Columns are recognised by name; what was taken is printed with the first pair, what had to be dropped is counted.
+Columns are recognised by name; what was taken is printed with the first pair, what had to be dropped is counted. So are the
+four benchmarks of the long chain-of-thought paper, from the hub or a file with their columns:
+  MATH-500   HuggingFaceH4/MATH-500                                problem, answer
+  AIME 2024  HuggingFaceH4/aime_2024, Maxwell-Jia/AIME_2024        problem, answer or Problem, Answer; --split train
+  TheoremQA  TIGER-Lab/TheoremQA                                   Question, Answer, Answer_type
+  MMLU-Pro   TIGER-Lab/MMLU-Pro                                    question, options, answer, answer_index; the paper takes 1,000
 """
 import json
 import pathlib
@@ -14,15 +19,22 @@ from common.errors import BadInput
 
 PROBLEM_COLUMNS = ("problem", "question", "prompt", "query")
 ANSWER_COLUMNS = ("answer", "final_answer", "reward_model", "ground_truth", "expected_answer", "solution")
+LETTERS = "ABCDEFGHIJ"
+ASK_FOR = {  # TheoremQA: what an answer of this type must look like to be compared; numbers need no such line
+    "bool": "Answer True or False.",
+    "option": "Answer with the letter of the option, such as (a).",
+    "list of integer": "Answer with a list in square brackets, such as [1, 2].",
+    "list of float": "Answer with a list in square brackets, such as [0.5, 2].",
+}
 
 
-def read_rows(name: str, split: str):
+def read_rows(name: str, split: str, flag: str = "--data"):
     """A local file's or a hub dataset's rows as they are, a list or a Dataset of dicts. `owner/set:config` names a hub
-    configuration. Raises BadInput."""
+    configuration. Raises BadInput, which names the flag."""
     path = pathlib.Path(name)
     if path.suffix in (".jsonl", ".json", ".parquet"):
         if not path.is_file():
-            raise BadInput(f"--data {name}: no such file")
+            raise BadInput(f"{flag} {name}: no such file")
         if path.suffix == ".parquet":
             from datasets import Dataset  # slow to import and only needed here and for the hub
             return Dataset.from_parquet(str(path), keep_in_memory=True)
@@ -31,18 +43,19 @@ def read_rows(name: str, split: str):
             rows = json.loads(text) if path.suffix == ".json" and text.lstrip()[:1] == "[" else [
                 json.loads(line) for line in text.split("\n") if line.strip()]  # splitlines would cut at U+2028 too
         except json.JSONDecodeError as error:
-            raise BadInput(f"--data {name}: not JSON, {error}") from error
+            raise BadInput(f"{flag} {name}: not JSON, {error}") from error
         if not all(isinstance(row, dict) for row in rows):
-            raise BadInput(f"--data {name}: every row must be an object with a problem and an answer")
+            raise BadInput(f"{flag} {name}: every row must be an object with named columns")
         return rows
     if path.exists() or name.count("/") != 1:
-        raise BadInput(f"--data {name}: give arithmetic, a .jsonl/.json/.parquet file, or a hub id such as openai/gsm8k:main")
+        raise BadInput(f"{flag} {name}: give {'arithmetic, ' * (flag == '--data')}a .jsonl/.json/.parquet file, or a hub id "
+                       "such as openai/gsm8k:main")
     from datasets import load_dataset
     hub_id, _, config = name.partition(":")
     try:
         return load_dataset(hub_id, config or None, split=split)
     except (OSError, ValueError, RuntimeError) as error:  # datasets' own errors for a missing set, config or split, or no network
-        raise BadInput(f"--data {name} (split {split}): {str(error).splitlines()[0][:300]}") from error
+        raise BadInput(f"{flag} {name} (split {split}): {str(error).splitlines()[0][:300]}") from error
 
 
 def pick_column(row: dict, wanted: str | None, known: tuple[str, ...], flag: str) -> str:
@@ -67,6 +80,23 @@ def gold_answer(value) -> str:
     return boxed if boxed is not None else text.strip()
 
 
+def written_out(row: dict, problem, answer) -> tuple:
+    """Puts into the problem what MMLU-Pro and TheoremQA keep in other columns: the lettered options, the form of the answer.
+
+    row: its columns in lower case. -> (problem, answer), as they were for other data. MMLU-Pro's gold is the letter. TheoremQA's
+    floats are compared as exactly as all others here (its own scorer allows a margin), lists with their order.
+    """
+    options, place, kind = row.get("options"), row.get("answer_index"), row.get("answer_type")
+    if isinstance(options, list) and len(options) <= len(LETTERS):
+        gold = LETTERS[place] if isinstance(place, int) and 0 <= place < len(options) else answer
+        if gold in list(LETTERS[:len(options)]):
+            lettered = "\n".join(f"({letter}) {option}" for letter, option in zip(LETTERS, options) if option != "N/A")
+            return f"{problem}\n\n{lettered}\n\nAnswer with the letter of the right option.", gold
+    if kind is not None:
+        return "\n".join(filter(None, (problem, ASK_FOR.get(kind)))), str(answer)
+    return problem, answer
+
+
 def load_problems(name: str, split: str = "train", prompt_column: str | None = None, answer_column: str | None = None,
                   held_out: bool = False, seed: int = 0, count: int | None = None) -> list[dict]:
     """-> rows {"problem": text or chat messages, "answer": text}, each problem once; `count` of them, drawn by the seed.
@@ -82,10 +112,14 @@ def load_problems(name: str, split: str = "train", prompt_column: str | None = N
     problem_key = pick_column(rows[0], prompt_column, PROBLEM_COLUMNS, "--prompt-column")
     answer_key = pick_column(rows[0], answer_column, ANSWER_COLUMNS, "--answer-column")
     if hasattr(rows, "select_columns"):  # a hub set may carry whole solutions along
-        rows = rows.select_columns(list({problem_key, answer_key}))
+        rows = rows.select_columns([column for column in rows.column_names if column in (problem_key, answer_key)
+                                    or column.lower() in ("options", "answer_index", "answer_type")])
     kept, dropped = {}, 0
     for row in rows:
-        problem, answer = row.get(problem_key), gold_answer(row.get(answer_key))
+        problem, answer = row.get(problem_key), row.get(answer_key)
+        if problem:
+            problem, answer = written_out({name.lower(): value for name, value in row.items()}, problem, answer)
+        answer = gold_answer(answer)
         if problem and verify.parses(answer):
             kept.setdefault(json.dumps(problem), {"problem": problem, "answer": answer})
         else:

@@ -2,14 +2,18 @@
 
     python -m common.evaluate --model tiny                                          # the embedded model on held-out arithmetic
     python -m common.evaluate --model runs/bupo --data problems.jsonl --k 16 --output answers.jsonl
+    python -m common.evaluate --model runs/long_cot_sft --data TIGER-Lab/MMLU-Pro --problems 1000 --temperature 0.7 --top-p 0.95
+
+The last line is the long chain-of-thought paper's way, with --k at least 4, 16 on AIME; its four benchmarks: common/data.py.
 
 Avg@k is the mean over problems of the share of k sampled answers that are right; its standard error is over problems.
 Pass@j estimates the chance that at least one of j answers is right. To --output goes a row a problem, answers and all, and a last
-row {"summary": ...} with what was printed.
+row {"summary": ...} with what was printed, the share of answers with a reflection word among it.
 """
 import json
 import math
 import pathlib
+import re
 import statistics
 from dataclasses import dataclass
 
@@ -21,6 +25,22 @@ from common.flags import BOXED, exit_on_bad_input, flag, parse_flags
 from common.models import causal_lm, load_model, load_tokenizer
 from common.sampling import sample
 from common.verify import reward
+
+REFLECTION_WORDS = ("wait", "recheck", "alternatively", "retry", "however")
+
+
+def reflection_rates(texts: list[str]) -> dict[str, float]:
+    """Share of texts that hold each of the five reflection words, as whole words in any case; NaN without texts.
+
+    The words are those of arXiv 2502.03373; its counter is unpublished, so compare rates from here with one another only.
+    """
+    found = {word: sum(bool(re.search(rf"\b{word}\b", text, re.IGNORECASE)) for text in texts) for word in REFLECTION_WORDS}
+    return {word: count / len(texts) if texts else math.nan for word, count in found.items()}
+
+
+def describe_reflection(rates: dict[str, float]) -> str:
+    """One line of the five shares."""
+    return "reflection words, share of answers: " + ", ".join(f"{word} {rate:.1%}" for word, rate in rates.items())
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -36,7 +56,8 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 def evaluate(model, tokenizer, rows: list[dict], k: int, max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0,
              seed: int = 0, label: str = "evaluate") -> dict:
     """rows: {"prompt": ids, "problem", "answer"}. -> avg_at_k, standard_error, pass_at ({1: .., k: ..}), length (tokens),
-    truncated (share), answers (a row a problem: problem, answer, responses, correct)."""
+    truncated (share), reflection (reflection_rates of the answers), answers (a row a problem: problem, answer, responses,
+    correct)."""
     answers, lengths, finished = [], [], []
     for start in tqdm(range(0, len(rows), 64), desc=label, unit="batch", leave=False):
         batch = rows[start:start + 64]
@@ -52,7 +73,8 @@ def evaluate(model, tokenizer, rows: list[dict], k: int, max_new_tokens: int, te
     return {"avg_at_k": statistics.fmean(means), "k": k, "problems": len(rows),
             "standard_error": statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else float("nan"),
             "pass_at": {j: statistics.fmean(pass_at_k(k, sum(row["correct"]), j) for row in answers) for j in range(1, k + 1)},
-            "length": statistics.fmean(lengths), "truncated": 1 - statistics.fmean(finished), "answers": answers}
+            "length": statistics.fmean(lengths), "truncated": 1 - statistics.fmean(finished),
+            "reflection": reflection_rates([text for row in answers for text in row["responses"]]), "answers": answers}
 
 
 def describe(result: dict) -> str:
@@ -72,7 +94,7 @@ class Config:
     problems: int = flag(256, "how many problems, drawn by the seed", low=1)
     k: int = flag(8, "answers to each problem", low=1)
     max_new_tokens: int = flag(80, "longest answer in tokens", real=4096, low=1)
-    temperature: float = flag(1.0, "0 is greedy", low=0)
+    temperature: float = flag(1.0, "0 is greedy; the long chain-of-thought paper: 0.7 with top-p 0.95", low=0)
     top_p: float = flag(1.0, "sample from the smallest set of tokens that holds this probability", above=0, high=1)
     system: str = flag("", "system message before each problem", real=BOXED)
     thinking: bool = flag(False, "let the chat template open a thinking block")
@@ -100,6 +122,7 @@ def main(argv=None):
     output.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     print(describe(result))
     print("   ".join(f"Pass@{j} {value:.3f}" for j, value in result["pass_at"].items()))
+    print(describe_reflection(result["reflection"]))
     print(f"answers: {output}")
 
 
