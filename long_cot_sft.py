@@ -253,17 +253,6 @@ def sampled_traces(run) -> list[dict]:
     return [{"problem": row["problem"], "completion": text} for row in rows for text in row["completions"]]
 
 
-def count_reflections(run) -> None:
-    """Lets both evaluations of a run print and keep the share of answers with each reflection word."""
-    def measure(when, measure=run.measure):
-        result = measure(when)
-        print(describe_reflection(result["reflection"]))
-        run.summary[f"reflection_{when}"] = result["reflection"]
-        run.write("summary.json", json.dumps(run.summary, indent=1))
-        return result
-    run.measure = measure
-
-
 @dataclass
 class Config:
     traces: str = flag(None, "learn from this file or hub set of messages, or prompt + completion; ask no teacher", type=str)
@@ -312,7 +301,6 @@ def main(argv=None):
         print(f"        {span:>13} {count:7} {'#' * math.ceil(50 * count / len(rows))}")
     total = cfg.epochs * len(rows)
     cfg.steps = math.ceil(total / cfg.batch_size)
-    count_reflections(run)
 
     for step in run.steps():
         batch = batch_of(rows, step, cfg.batch_size, cfg.seed)[:total - step * cfg.batch_size]
@@ -331,6 +319,9 @@ def main(argv=None):
         seen = run.rows[-1]["tokens_seen"] if run.rows else 0
         run.log(rollout, parts=parts, tokens_seen=seen + tokens, lr=lr)
     run.finish()
+    for when in ("before", "after"):
+        if f"reflection_{when}" in run.summary:
+            print(f"{when + ':':8}{describe_reflection(run.summary[f'reflection_{when}'])}")
 
 
 if __name__ == "__main__":

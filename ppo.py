@@ -180,8 +180,6 @@ def token_denominator(how: str, lengths: torch.Tensor, max_new_tokens: int) -> t
 
 class Critic(nn.Module):
     """V(s) = w . state + b, in float32. The states are those of a trunk of its own, or, without one, the policy's (shared)."""
-    updates = 0  # counted by its optimiser
-
     def __init__(self, width: int, trunk: nn.Module | None = None):
         super().__init__()
         self.trunk, self.head = trunk, nn.Linear(width, 1, dtype=torch.float32)

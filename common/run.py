@@ -148,8 +148,8 @@ class Run:
             torch.cuda.synchronize()
         self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - started
 
-    def count_updates(self) -> list:
-        return [getattr(part, "updates", None) for part in self.parts.values()]
+    def count_updates(self) -> list[int]:
+        return [part.updates for part in self.parts.values() if hasattr(part, "updates")]
 
     def out_of_memory(self, part: str) -> BadInput:
         """In training a run is taken up once more, as --resume does, with half the micro-batch: no gradient counts twice.
@@ -161,7 +161,7 @@ class Run:
         error = BadInput(f"out of memory while {part}: lower {lower.get(part, '--group-size or --max-new-tokens')}, "
                          f"then --resume {self.folder}")
         if part == "training" and now > 1:
-            if self.step > self.first and self.updates == self.count_updates() and None not in self.updates:
+            if self.step > self.first and self.updates == self.count_updates():
                 self.save(self.step)
             error.retry = ["--resume", str(self.folder), "--micro-batch-tokens", str(now // 2)]
         return error
@@ -236,7 +236,8 @@ class Run:
                               label=f"evaluating {when}")
         print(f"{when + ':':7} {describe(result)}", flush=True)
         self.summary |= {f"avg_at_k_{when}": result["avg_at_k"], f"standard_error_{when}": result["standard_error"],
-                         f"pass_at_{when}": result["pass_at"], f"length_{when}": result["length"], "k": cfg.eval_k}
+                         f"pass_at_{when}": result["pass_at"], f"length_{when}": result["length"],
+                         f"reflection_{when}": result["reflection"], "k": cfg.eval_k}
         self.write("summary.json", json.dumps(self.summary, indent=1))
         return result
 
