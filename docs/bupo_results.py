@@ -1,6 +1,6 @@
 """BuPO's claims on the embedded model -> docs/results/bupo.{json,md} and its figures.
 
-    python docs/bupo_results.py            # twelve arms, five seeds, two runs at a time: about 50 minutes; finished runs are kept
+    python docs/bupo_results.py            # twelve arms, five seeds, two runs at a time: about an hour; finished runs are kept
 """
 import math
 import statistics
@@ -168,8 +168,7 @@ def main():
                                         lambda p, l=layer: p["layer_change"][l - 1])):
             band(axis, [[read(p) for p in r["probe"]] for r in of], x=steps, **style)
     for axis, title in zip(rows.flat, [*titles.values(), "perplexity of its own answers",
-                                       "mean cosine of H^l with later blocks (GRPO: l = 5)",
-                                       "entropy change of block l, nats (GRPO: l = 5)"]):
+                                       "cosine of H^l with later blocks", "entropy change of block l, nats"]):
         tidy(axis, title, legend=axis is rows[0][0])
     rows[1][0].set_ylim(1, 2)
     figure.savefig(out / "bupo_blocks.png", dpi=110)

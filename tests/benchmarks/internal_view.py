@@ -1,6 +1,7 @@
 """What does it cost to look inside a model? Seconds and peak memory of common.internal_policy, over tokens and layers.
 
     python tests/benchmarks/internal_view.py            # four minutes on one core; Qwen3-0.6B's shapes, random weights, float32
+    python tests/benchmarks/internal_view.py --cases 28x128x32x256     # 32 answers of 256 tokens, 128 tokens of them pooled
 
 Random tokens stand for the answers, so nothing is sampled. Each case is a fresh process with one thread; "before" is its memory
 with the model loaded and nothing read yet, "peak" is ru_maxrss at the end. The price is the unembedding, (10 L + 2) * 2 D V FLOPs
@@ -30,25 +31,27 @@ def peak_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
 
 
-def one_case(layers: int, tokens: int) -> dict:
-    """Reads one answer of so many tokens in a model of so many blocks."""
+def one_case(layers: int, tokens: int, answers: int = 1, length: int = 0) -> dict:
+    """Pools so many tokens of answers of `length` tokens (default: one answer, all of it) in a model of so many blocks."""
+    length = length or tokens
     torch.set_num_threads(1)
     torch.manual_seed(0)
     config = Qwen3Config(vocab_size=V, hidden_size=D, num_hidden_layers=layers, num_attention_heads=16, num_key_value_heads=8,
                          head_dim=128, intermediate_size=3072, tie_word_embeddings=True)
     model = Qwen3ForCausalLM(config).eval()
-    answer, lengths = torch.randint(V, (1, tokens)), torch.tensor([tokens])                       # (1, T), (1,)
-    one = torch.ones(1, tokens)                                                                   # (1, T)
-    rollout = Rollout([[1, 2, 3]], answer, lengths, one, one, one, lengths > 0, [""])
+    answer, lengths = torch.randint(V, (answers, length)), torch.full((answers,), length)          # (B, T), (B,)
+    one = torch.ones(answers, length)                                                             # (B, T)
+    rollout = Rollout([[1, 2, 3]] * answers, answer, lengths, one, one, one, lengths > 0, [""] * answers)
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak that building the model has left
     before, started = peak_gib(), time.perf_counter()
-    rollout_view(model, rollout, 16384)
+    rollout_view(model, rollout, 16384, tokens)
     return {"layers": layers, "tokens": tokens, "seconds": time.perf_counter() - started, "before": before, "peak": peak_gib()}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", default=["1x64", "1x128", "1x256", "7x16", "14x16", "28x16"], help="LAYERSxTOKENS")
+    parser.add_argument("--cases", nargs="+", default=["1x64", "1x128", "1x256", "7x16", "14x16", "28x16"],
+                        help="LAYERSxTOKENS, or LAYERSxTOKENSxANSWERSxLENGTH")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.only:
