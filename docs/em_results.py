@@ -117,12 +117,12 @@ def main():
     steps = [p["step"] for p in long[0]["probe"]]
     mean = lambda key, i: statistics.fmean(r["probe"][i][key] for r in long)
     course = table(["updates", "accuracy", "lowest and highest seed", "parsed", "accuracy of the parsed", "tokens", "agreement",
-                    "sampled entropy"],
+                    "loss"],
                    [[step, f"{mean('accuracy', i):.3f}", "{:.3f}, {:.3f}".format(*(f(r["probe"][i]["accuracy"] for r in long)
                                                                                   for f in (min, max))),
                      f"{mean('parsed', i):.3f}", f"{mean('accuracy_parsed', i):.3f}", f"{mean('length', i):.0f}",
                      f"{mean('agreement', i):.3f}",
-                     f"{statistics.fmean(r['rows'][min(step, 39)]['entropy'] for r in long):.3f}"]
+                     f"{statistics.fmean(r['rows'][min(step, 39)]['loss'] for r in long):.4f}"]
                     for i, step in enumerate(steps)])
     peak = [max(p["accuracy"] for p in r["probe"]) for r in long]
     at10 = [next(p for p in r["probe"] if p["step"] == 10)["accuracy"] for r in long]
@@ -165,7 +165,7 @@ def main():
         axes[2].plot(statistics.fmean(after_(name)), y, "|", color="black", markersize=16)
     axes[2].axvline(before, color=GREY, linestyle=":")
     axes[2].set_yticks(range(len(order)), list(reversed(order)))
-    tidy(axes[2], "accuracy after, each seed (dotted: before)", "accuracy")
+    tidy(axes[2], "each seed (dotted: before)", "accuracy after")
     figure.savefig(ROOT / "docs" / "results" / "entropy_min.png", dpi=110)
 
 
