@@ -39,7 +39,7 @@ import torch
 from common.data import batch_of, encode_prompts, load_problems
 from common.errors import BadInput
 from common.evaluate import evaluate
-from common.flags import OneLineParser, Shared, exit_on_bad_input, flag, parse_flags
+from common.flags import Reading, Shared, exit_on_bad_input, flag, parse_flags, several_models
 from common.internal_policy import hidden_states
 from common.logprobs import micro_batches, token_logprobs
 from common.models import causal_lm, load_model, load_tokenizer
@@ -141,31 +141,19 @@ class Config:
 @dataclass
 class Analysis:
     model: str = flag("tiny", "tiny, local model or run folders, hub ids: several, compared on the first one's answers")
-    data: str = flag("arithmetic", "arithmetic, a .jsonl/.json/.parquet file, or a hub id (owner/set or owner/set:config)")
-    split: str = flag("test", "split of a hub dataset")
-    prompt_column: str = flag(None, "column with the problem", type=str)
-    answer_column: str = flag(None, "column with the gold answer", type=str)
     problems: int = flag(20, "problems, one answer to each; the authors: 20", low=1)
     max_new_tokens: int = flag(80, "longest answer in tokens; the authors: 500", real=500, low=1)
     temperature: float = flag(0.6, "for sampling, and divides the top-k statistic; the authors: 0.6", above=0)
     top_k: int = flag(50, "logits of a position in the authors' statistic", low=1)
-    system: str = flag("", "system message before each problem")
-    thinking: bool = flag(False, "let the chat template open a thinking block")
     micro_batch_tokens: int = flag(4096, "prompt and answer tokens in one forward pass", real=16384, low=1)
-    device: str = flag("auto", "auto, cpu, cuda, mps")
-    dtype: str = flag("auto", "float32 on a CPU, else bfloat16", choices=("auto", "float32", "bfloat16"))
     seed: int = flag(0, "draws problems and answers", low=0)
     output: str = flag("runs/logits", "new or empty folder for logits.json and logits.png")
 
 
 def analyze(argv: list[str]) -> None:
     """--analyze: one table and one figure of the logits of several models on the same answers, those of the first model."""
-    parser = OneLineParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--model", nargs="+", action="extend", default=[])
-    parser.add_argument("--analyze", action="store_true")
-    given, rest = parser.parse_known_args(argv)
-    names = list(dict.fromkeys(given.model or ["tiny"]))
-    cfg = parse_flags(Analysis, description=analyze.__doc__, argv=["--model", names[0], *rest])
+    names, rest = several_models([word for word in argv if word != "--analyze"])
+    cfg = parse_flags(Analysis, Reading, description=analyze.__doc__, argv=rest)
     folder = pathlib.Path(cfg.output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BadInput(f"--output {folder}: holds something already; choose another folder")

@@ -59,6 +59,8 @@ def writing(folder: pathlib.Path):
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # the latter two are how torch.save and safetensors say it
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
+            raise
         place = next(path for path in [folder, *folder.absolute().parents] if path.exists())
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0][:200]
         raise BadInput(f"{folder}: cannot write there ({reason}; {shutil.disk_usage(place).free >> 20} MiB free); what lies "

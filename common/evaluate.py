@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from common.data import encode_prompts, load_problems
 from common.errors import BadInput
-from common.flags import BOXED, exit_on_bad_input, flag, parse_flags
+from common.flags import Reading, exit_on_bad_input, flag, parse_flags
 from common.models import causal_lm, load_model, load_tokenizer
 from common.sampling import sample
 from common.verify import reward
@@ -87,26 +87,18 @@ def describe(result: dict) -> str:
 @dataclass
 class Config:
     model: str = flag("tiny", "tiny, a local model or run folder, or a hub id")
-    data: str = flag("arithmetic", "arithmetic, a .jsonl/.json/.parquet file, or a hub id (owner/set or owner/set:config)")
-    split: str = flag("test", "split of a hub dataset")
-    prompt_column: str = flag(None, "column with the problem", type=str)
-    answer_column: str = flag(None, "column with the gold answer", type=str)
     problems: int = flag(256, "how many problems, drawn by the seed", low=1)
     k: int = flag(8, "answers to each problem", low=1)
     max_new_tokens: int = flag(80, "longest answer in tokens", real=4096, low=1)
     temperature: float = flag(1.0, "0 is greedy; the long chain-of-thought paper: 0.7 with top-p 0.95", low=0)
     top_p: float = flag(1.0, "sample from the smallest set of tokens that holds this probability", above=0, high=1)
-    system: str = flag("", "system message before each problem", real=BOXED)
-    thinking: bool = flag(False, "let the chat template open a thinking block")
-    device: str = flag("auto", "auto, cpu, cuda, mps")
-    dtype: str = flag("auto", "float32 on a CPU, else bfloat16", choices=("auto", "float32", "bfloat16"))
     seed: int = flag(0, "draws problems and answers", low=0)
     output: str = flag(None, "JSONL file for the answers; default: <run folder>/answers.jsonl or answers.jsonl", type=str)
 
 
 @exit_on_bad_input
 def main(argv=None):
-    cfg = parse_flags(Config, description=__doc__, argv=argv)
+    cfg = parse_flags(Config, Reading, description=__doc__, argv=argv)
     folder = cfg.model if pathlib.Path(cfg.model).is_dir() else "."
     output = pathlib.Path(cfg.output or pathlib.Path(folder) / "answers.jsonl")
     if output.exists():

@@ -52,6 +52,19 @@ class Shared:
     save_every: int = flag(20, "steps between checkpoints (also on Ctrl-C); the last two are kept", low=1)
 
 
+@dataclasses.dataclass
+class Reading:
+    """The same for the commands that look at models and train none."""
+    data: str = flag("arithmetic", "arithmetic, a .jsonl/.json/.parquet file, or a hub id (owner/set or owner/set:config)")
+    split: str = flag("test", "split of a hub dataset")
+    prompt_column: str = flag(None, "column with the problem", type=str)
+    answer_column: str = flag(None, "column with the gold answer", type=str)
+    system: str = flag("", "system message before each problem", real=BOXED)
+    thinking: bool = flag(False, "let the chat template open a thinking block")
+    device: str = flag("auto", "auto, cpu, cuda, mps")
+    dtype: str = flag("auto", "float32 on a CPU, else bfloat16", choices=("auto", "float32", "bfloat16"))
+
+
 class OneLineParser(argparse.ArgumentParser):
     def error(self, message):
         raise BadInput(message)
@@ -82,6 +95,15 @@ def parse_flags(*classes, description: str, argv: list[str] | None = None) -> ar
         merged.setdefault(name, field.default if small else field.metadata["real"])
         check_range(name, merged[name], field.metadata)
     return argparse.Namespace(**{name: merged[name] for name in fields})
+
+
+def several_models(argv: list[str]) -> tuple[list[str], list[str]]:
+    """The models of `--model A B C`, each once, `tiny` if there is none -> them, and the other arguments after `--model A`."""
+    parser = OneLineParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--model", nargs="+", action="extend", default=[])
+    given, rest = parser.parse_known_args(argv)
+    names = list(dict.fromkeys(given.model or ["tiny"]))
+    return names, ["--model", names[0], *rest]
 
 
 def check_range(name: str, value, meta) -> None:

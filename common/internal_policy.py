@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from common.data import encode_prompts, load_problems
 from common.errors import BadInput
-from common.flags import BOXED, OneLineParser, exit_on_bad_input, flag, parse_flags
+from common.flags import Reading, exit_on_bad_input, flag, parse_flags, several_models
 from common.models import causal_lm, load_model, load_tokenizer
 from common.plot import plot_internal
 from common.sampling import join, sample
@@ -232,30 +232,19 @@ def print_view(view: dict[str, dict[str, torch.Tensor]]) -> None:
 @dataclass
 class Config:
     model: str = flag("tiny", "tiny, a local model or run folder, or a hub id; several are drawn into the same figures")
-    data: str = flag("arithmetic", "arithmetic, a .jsonl/.json/.parquet file, or a hub id (owner/set or owner/set:config)")
-    split: str = flag("test", "split of a hub dataset")
-    prompt_column: str = flag(None, "column with the problem", type=str)
-    answer_column: str = flag(None, "column with the gold answer", type=str)
     samples: int = flag(100, "answers, one to each of so many problems; the authors' default", low=1)
     max_new_tokens: int = flag(96, "longest answer in tokens; the authors' script: 3072", real=1024, low=1)
     tokens: int = flag(0, "answer tokens to pool, drawn uniformly; 0 takes all as the paper does", real=20000, low=0)
     sample_layer: int = flag(None, "print a few answers of this block's own policy, 1 = lowest", type=int, low=1)
-    system: str = flag("", "system message before each problem", real=BOXED)
-    thinking: bool = flag(False, "let the chat template open a thinking block")
     micro_batch_tokens: int = flag(4096, "prompt and answer tokens in one forward pass", real=16384, low=1)
-    device: str = flag("auto", "auto, cpu, cuda, mps")
-    dtype: str = flag("auto", "float32 on a CPU, else bfloat16", choices=("auto", "float32", "bfloat16"))
     seed: int = flag(0, "draws problems, answers and tokens", low=0)
     output: str = flag("runs/internal_policy", "new or empty folder for entropies.json, flow.png, changes.png, cosines.png")
 
 
 @exit_on_bad_input
 def main(argv=None):
-    names = OneLineParser(add_help=False, allow_abbrev=False)
-    names.add_argument("--model", nargs="+", action="extend", default=[])
-    names, rest = names.parse_known_args(sys.argv[1:] if argv is None else argv)
-    names = list(dict.fromkeys(names.model or ["tiny"]))
-    cfg = parse_flags(Config, description=__doc__, argv=["--model", names[0], *rest])
+    names, rest = several_models(sys.argv[1:] if argv is None else argv)
+    cfg = parse_flags(Config, Reading, description=__doc__, argv=rest)
     folder = pathlib.Path(cfg.output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BadInput(f"--output {folder}: holds something already; choose another folder")

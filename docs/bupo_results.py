@@ -129,11 +129,13 @@ def main():
     after = lambda name, key="avg_at_k_after": [r["summary"][key] for r in results[name]]
     at = lambda name, k: [r["summary"]["pass_at_after"][str(k)] for r in results[name]]
     last = lambda name, key: [statistics.fmean(row[key] for row in r["rows"][-4:]) for r in results[name]]
-    arms = table(["arm", "Avg@64", "minus GRPO, paired seeds", "Pass@8", "Pass@64", "tokens", "entropy, last 4 steps",
-                  "most truncated in a step"],
-                 [[name, spread(after(name)), "" if name == "GRPO" else paired(after(name), after("GRPO")), spread(at(name, 8)),
-                   spread(at(name, 64)), f"{statistics.fmean(after(name, 'length_after')):.0f}", spread(last(name, "entropy")),
-                   f"{max(row['truncated'] for r in results[name] for row in r['rows']):.0%}"] for name in ARMS])
+    heads = ["arm", "Avg@64", "minus GRPO, paired seeds", "BuPO minus it", "Pass@8", "Pass@64", "tokens", "entropy, last 4 steps",
+             "most truncated in a step"]
+    arms = table(heads, [[
+        name, spread(after(name)), "" if name == "GRPO" else paired(after(name), after("GRPO")),
+        "" if name == "BuPO" else paired(after("BuPO"), after(name)), spread(at(name, 8)), spread(at(name, 64)),
+        f"{statistics.fmean(after(name, 'length_after')):.0f}", spread(last(name, "entropy")),
+        f"{max(row['truncated'] for r in results[name] for row in r['rows']):.0%}"] for name in ARMS])
     probed = [name for name in ARMS if results[name][0]["probe"]]
     ends = lambda name, read: " to ".join(f"{statistics.fmean(read(r['probe'][i]) for r in results[name]):.3f}" for i in (0, -1))
     inside = table(["arm", "perplexity of its own answers", "of fixed right answers", "cosine(H^5, H^8)", "cosine(H^2, H^8)",

@@ -147,7 +147,20 @@ def main():
     logits = table(["model", "all logits: mean", "std", "skewness", "50 largest / 0.6: mean", "std", "skewness"],
                    [[name, *(of(name, which, key) for which in ("raw", "top_k") for key in ("mean", "std", "skewness"))]
                     for name in four])
-    write("entropy_min", results, {"arms": arms, "course": course, "stops": stops, "heat": heat, "form": form, "logits": logits})
+    skewness = lambda name, which: [r["after"]["logits"][which]["skewness"] for r in results[name]]
+    greedy = lambda name: [r["after"]["temperatures"]["0.0"]["accuracy"] for r in results[name]]
+    every = lambda values: values * args.seeds  # the one base for all seeds
+    pairs = table(["difference, paired by seed", "mean and its standard error"], [
+        ["accuracy: EM minus before", paired(after_("EM"), every([before]))],
+        ["EM, then GRPO minus GRPO", paired(after_("EM, then GRPO"), after_("GRPO"))],
+        ["GRPO, then EM minus GRPO", paired(after_("GRPO, then EM"), after_("GRPO"))],
+        ["accuracy after 15 updates minus after 40",
+         paired(*([p["accuracy"] for r in long for p in r["probe"] if p["step"] == step] for step in (15, 40)))],
+        ["greedy accuracy: EM minus before", paired(greedy("EM"), every(greedy("base")))],
+        *([f"skewness of {what}: {name} minus before", paired(skewness(name, which), every(skewness("base", which)))]
+          for name in ("EM", "GRPO") for which, what in (("raw", "all logits"), ("top_k", "the 50 largest")))])
+    write("entropy_min", results, {"arms": arms, "pairs": pairs, "course": course, "stops": stops, "heat": heat,
+                                    "form": form, "logits": logits})
 
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.4), constrained_layout=True)
     band(axes[0], [[p["accuracy"] for p in r["probe"]] for r in long], "accuracy, held-out", BLUE, x=steps)
