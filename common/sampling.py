@@ -77,10 +77,19 @@ def keep_top_p(logp: torch.Tensor, top_p: float) -> torch.Tensor:
     return logp.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
 
 
+def pick(probs: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """The first token at which the running sum of probs (R, V), not necessarily normalised, exceeds u (R,) in [0, 1). -> (R,)"""
+    upto = probs.double().cumsum(-1)                                                                        # (R, V)
+    return torch.searchsorted(upto, u[:, None] * upto[:, -1:], right=True)[:, 0].clamp(max=probs.shape[-1] - 1)
+
+
 @torch.inference_mode()
 def decode(model, prompts: list[list[int]], rows: torch.Tensor, max_new_tokens: int, temperature: float, top_p: float,
-           stop: torch.Tensor, generator: torch.Generator, repetition_penalty: float = 1.0) -> tuple[torch.Tensor, ...]:
-    """Answers for prompts[rows[r]], r = 0..R-1 -> tokens, logp, entropy (R, T) and lengths, finished (R,)."""
+           stop: torch.Tensor, noise: torch.Tensor, repetition_penalty: float = 1.0) -> tuple[torch.Tensor, ...]:
+    """Answers for prompts[rows[r]], r = 0..R-1 -> tokens, logp, entropy (R, T) and lengths, finished (R,).
+
+    noise (R, T) in [0, 1): row r's token t is a function of noise[r, t] and of what came before it in that row, nothing else.
+    """
     lm, device, R, width = causal_lm(model), rows.device, len(rows), max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)                        # (P, S), left-padded
     seen = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)            # (P, S)
@@ -108,10 +117,7 @@ def decode(model, prompts: list[list[int]], rows: torch.Tensor, max_new_tokens: 
             penalised = torch.where(scores > 0, scores / repetition_penalty, scores * repetition_penalty)
             drawn = (torch.where(said[alive], penalised, scores) / (temperature or 1.0)).log_softmax(-1)
         probs = (drawn if top_p >= 1 else keep_top_p(drawn, top_p)).exp()
-        if temperature == 0:
-            token = drawn.argmax(-1)                                                                        # (A,)
-        else:  # the first of independent clocks with rates p to ring is p-distributed: no host sync, no normalisation
-            token = (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1)
+        token = drawn.argmax(-1) if temperature == 0 else pick(probs, noise[alive, t])                      # (A,)
         tokens[alive, t] = token
         if repetition_penalty != 1:
             said[alive, token] = True
@@ -136,8 +142,9 @@ def sample(model, tokenizer, prompts: list[list[int]], n: int, max_new_tokens: i
            top_p: float = 1.0, seed: int = 0, max_rows: int | None = None, repetition_penalty: float = 1.0) -> Rollout:
     """n answers to each prompt (a list of token ids), at most max_new_tokens tokens each, as one Rollout of P * n rows.
 
-    temperature 0 is greedy. The same seed draws the same answers. max_rows bounds how many rows are decoded at once
-    (default: what the memory holds); it changes which random numbers a row gets, never its distribution.
+    temperature 0 is greedy. The same seed draws the same answers: every token of every row has a random number of its own, so that
+    neither max_rows, which bounds how many are decoded at once (default: what the memory holds), nor what the other rows say
+    matters (but for the last bits of a matrix product, which depend on its size).
     repetition_penalty > 1 divides positive and multiplies negative logits of tokens that the prompt or the answer holds already
     (CTRL, arXiv 1909.05858); like top_p it leaves logp and entropy those of the model.
     Raises ValueError for an empty prompt or for n, max_new_tokens < 1, temperature < 0, top_p outside (0, 1].
@@ -148,16 +155,17 @@ def sample(model, tokenizer, prompts: list[list[int]], n: int, max_new_tokens: i
         raise ValueError(f"sample: {n=}, {max_new_tokens=}, {temperature=}, {top_p=}, {repetition_penalty=} out of range")
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     stop = torch.tensor(stop_ids(causal_lm(model), tokenizer), device=device)
     owner = [p for p in range(len(prompts)) for _ in range(n)]                                              # row -> prompt
+    noise = torch.rand(len(owner), max_new_tokens, dtype=torch.float64, generator=generator)                # (B, T)
     max_rows = max_rows or max_rows_for(causal_lm(model), max(map(len, prompts)) + max_new_tokens)
     pieces = []
     for start in range(0, len(owner), max_rows):
         here = owner[start:start + max_rows]
         rows = torch.tensor([p - here[0] for p in here], device=device)
-        pieces.append(decode(model, prompts[here[0]:here[-1] + 1], rows, max_new_tokens, temperature, top_p, stop, generator,
-                             repetition_penalty))
+        pieces.append(decode(model, prompts[here[0]:here[-1] + 1], rows, max_new_tokens, temperature, top_p, stop,
+                             noise[start:start + max_rows].to(device), repetition_penalty))
     tokens, logp, entropy, lengths, finished = (torch.cat(parts) for parts in zip(*pieces))
     model.train(was_training)
     T = int(lengths.max())

@@ -4,7 +4,7 @@ import torch
 from conftest import byte_level_tokenizer, random_model
 
 from common.logprobs import response_logprobs
-from common.sampling import join, keep_top_p, sample
+from common.sampling import join, keep_top_p, pick, sample
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [14]]  # of different lengths: the sampler pads them on the left
 
@@ -65,9 +65,15 @@ def test_same_seed_same_answers_and_bounded_rows(tokenizer):
     first, second, other = (sample(model, tokenizer, PROMPTS, 5, 20, seed=seed) for seed in (7, 7, 8))
     assert torch.equal(first.tokens, second.tokens) and first.texts == second.texts
     assert not torch.equal(first.tokens[:, :5], other.tokens[:, :5])
-    pieces = sample(model, tokenizer, PROMPTS, 5, 20, temperature=0, max_rows=4)   # groups of five cut into pieces of four rows
-    whole = sample(model, tokenizer, PROMPTS, 5, 20, temperature=0)
-    assert torch.equal(pieces.tokens, whole.tokens) and pieces.prompts == whole.prompts
+    for max_rows in (4, 1):  # groups of five cut into pieces of four rows, and every row alone
+        pieces = sample(model, tokenizer, PROMPTS, 5, 20, seed=7, max_rows=max_rows)
+        assert torch.equal(pieces.tokens, first.tokens) and pieces.prompts == first.prompts
+
+
+def test_pick():
+    """Weights 0 1 0 2 1 run up to 0 1 1 3 4: u below 1/4 gives token 1, below 3/4 token 3, else 4; weight 0 is never picked."""
+    u = torch.tensor([0, 0.2499, 0.25, 0.7499, 0.75, 1 - 2**-53], dtype=torch.float64)
+    assert pick(torch.tensor([[0.0, 1, 0, 2, 1]]).expand(6, 5), u).tolist() == [1, 1, 3, 3, 4, 4]
 
 
 def test_top_p():
