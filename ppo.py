@@ -226,19 +226,24 @@ def score_with_values(model, critic, rollout, budget: int, temperature: float) -
     return logp, values
 
 
-def token_rewards(cfg, rollout, correct: torch.Tensor) -> torch.Tensor:
+def repeated_tokens(rollout, ngram: int) -> torch.Tensor:
+    """1.0 on every token of a rollout that lies in a repeated N-gram of its answer. -> (B, T)"""
+    repeated = torch.zeros_like(rollout.mask)
+    for i, L in enumerate(rollout.lengths.tolist()):
+        repeated[i, :L] = torch.tensor(repetition_penalty(rollout.tokens[i, :L].tolist(), ngram, 1.0))
+    return repeated
+
+
+def token_rewards(cfg, rollout, correct: torch.Tensor, repeated: torch.Tensor) -> torch.Tensor:
     """--reward on each answer's last token and, unless --penalty is 0, the repetition penalty as a second row -> (M, B, T)."""
-    lengths, exceed = rollout.lengths.tolist(), cfg.exceed
-    rewards = torch.zeros_like(rollout.mask).repeat(2 if cfg.penalty else 1, 1, 1)      # (M, B, T)
-    for i, (right, L) in enumerate(zip(correct.tolist(), lengths)):
+    answer, exceed = torch.zeros_like(rollout.mask), cfg.exceed                         # (B, T)
+    for i, (right, L) in enumerate(zip(correct.tolist(), rollout.lengths.tolist())):
         if cfg.reward == "classic":
-            rewards[0, i, L - 1] = classic_reward(right, L, cfg.max_new_tokens, exceed, cfg.margin)
+            answer[i, L - 1] = classic_reward(right, L, cfg.max_new_tokens, exceed, cfg.margin)
         else:
-            rewards[0, i, L - 1] = cosine_reward(right, L, cfg.max_new_tokens, *RANGES[cfg.reward],
-                                                 -10.0 if exceed is None else exceed, cfg.margin)
-        if cfg.penalty:
-            rewards[1, i, :L] = torch.tensor(repetition_penalty(rollout.tokens[i, :L].tolist(), cfg.ngram, cfg.penalty))
-    return rewards.clamp(-10, 10)
+            answer[i, L - 1] = cosine_reward(right, L, cfg.max_new_tokens, *RANGES[cfg.reward],
+                                             -10.0 if exceed is None else exceed, cfg.margin)
+    return torch.stack([answer, cfg.penalty * repeated] if cfg.penalty else [answer]).clamp(-10, 10)
 
 
 @dataclass
@@ -301,12 +306,13 @@ def main(argv=None):
             golds = [p["answer"] for p in problems for _ in range(cfg.group_size)]
             correct = torch.tensor([reward(text, gold) for text, gold in zip(rollout.texts, golds)], device=rollout.tokens.device)
             correct *= rollout.finished                                                         # (B,) 0 or 1
-            rewards = token_rewards(cfg, rollout, correct)                                      # (M, B, T)
+            repeated = repeated_tokens(rollout, cfg.ngram)                                      # (B, T)
+            rewards = token_rewards(cfg, rollout, correct, repeated)                            # (M, B, T)
         mask, budget = rollout.mask, cfg.micro_batch_tokens                                     # (B, T)
         everyone = torch.arange(len(mask), device=mask.device)                                  # (B,) all rows have a gradient
         outcomes = {"score": rewards.sum().item() / len(mask),
                     "exceeded": too_long(rollout.lengths, cfg.max_new_tokens, cfg.margin).float().mean().item(),
-                    "repeated": (rewards[1:] < 0).sum().item() / mask.sum().item()}
+                    "repeated": (repeated.sum() / mask.sum()).item()}
 
         gammas = torch.tensor([cfg.gamma, cfg.penalty_gamma][:len(rewards)], device=mask.device)    # (M,)
         if step == 0:  # else the trunk spends its first updates on learning this one number, and its features go with it

@@ -28,6 +28,7 @@ from ppo import (
     gae,
     logp_and_values,
     ppo_loss,
+    repeated_tokens,
     repetition_penalty,
     score_with_values,
     token_denominator,
@@ -112,15 +113,17 @@ def test_token_rewards():
     mask = (torch.arange(4) < lengths[:, None]).float()
     rollout = Rollout([[3]] * 3, tokens, lengths, mask, mask, mask, lengths > 0, [""] * 3)
     cfg = SimpleNamespace(reward="cosine", exceed=None, max_new_tokens=8, margin=4, penalty=-20.0, ngram=1)
-    first, second = token_rewards(cfg, rollout, torch.tensor([1.0, 1.0, 0.0]))
+    correct, repeated = torch.tensor([1.0, 1.0, 0.0]), repeated_tokens(rollout, 1)
+    assert near(repeated, 0, 1, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0)
+    first, second = token_rewards(cfg, rollout, correct, repeated)
     at3 = 1.5 + 0.5 * math.cos(math.pi * 3 / 8)
     at1 = -5 - 5 * math.cos(math.pi / 8)
     assert near(first, 0, 0, at3, 0, 0, 0, 0, -10, at1, 0, 0, 0)
     assert near(second, 0, -10, 0, 0, 0, 0, -10, -10, 0, 0, 0, 0)
     cfg = SimpleNamespace(reward="classic", exceed=None, max_new_tokens=8, margin=4, penalty=0.0, ngram=1)
-    assert near(token_rewards(cfg, rollout, torch.tensor([1.0, 1.0, 0.0]))[0], 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0)
+    assert near(token_rewards(cfg, rollout, correct, repeated)[0], 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0)
     cfg.exceed = 0.0
-    assert near(token_rewards(cfg, rollout, torch.tensor([1.0, 1.0, 0.0]))[0], 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+    assert near(token_rewards(cfg, rollout, correct, repeated)[0], 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 def test_kl_is_shared_out():
