@@ -142,9 +142,9 @@ def sample(model, tokenizer, prompts: list[list[int]], n: int, max_new_tokens: i
            top_p: float = 1.0, seed: int = 0, max_rows: int | None = None, repetition_penalty: float = 1.0) -> Rollout:
     """n answers to each prompt (a list of token ids), at most max_new_tokens tokens each, as one Rollout of P * n rows.
 
-    temperature 0 is greedy. The same seed draws the same answers: every token of every row has a random number of its own, so that
-    neither max_rows, which bounds how many are decoded at once (default: what the memory holds), nor what the other rows say
-    matters (but for the last bits of a matrix product, which depend on its size).
+    temperature 0 is greedy. The same seed draws the same answers: every token of every row has a random number of its own, so
+    neither max_rows, which bounds how many are decoded at once (default: what the memory holds), nor what other rows say
+    matters, but for the last bits of a matrix product, which depend on its size.
     repetition_penalty > 1 divides positive and multiplies negative logits of tokens that the prompt or the answer holds already
     (CTRL, arXiv 1909.05858); like top_p it leaves logp and entropy those of the model.
     Raises ValueError for an empty prompt or for n, max_new_tokens < 1, temperature < 0, top_p outside (0, 1].
