@@ -36,6 +36,7 @@ import torch
 from tqdm import tqdm
 
 from common.data import batch_of
+from common.distributed import share, size, total
 from common.errors import BadInput
 from common.flags import Shared, exit_on_bad_input, flag, parse_flags
 from common.internal_policy import boundary_layer, entropy_changes, rollout_entropies
@@ -65,9 +66,9 @@ def dr_grpo_advantages(rewards: torch.Tensor) -> torch.Tensor:
 
 def reinforce_pp_advantages(rewards: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """REINFORCE++ (arXiv 2501.03262): rewards whitened over all tokens, no groups. rewards, lengths (P, G) -> (P, G)."""
-    n = lengths.sum()
-    mean = (rewards * lengths).sum() / n
-    variance = ((rewards - mean).square() * lengths).sum() / (n - 1)
+    n = total(lengths.sum())
+    mean = total((rewards * lengths).sum()) / n
+    variance = total(((rewards - mean).square() * lengths).sum()) / (n - 1)
     return (rewards - mean) * torch.rsqrt(variance + 1e-8)
 
 
@@ -106,10 +107,10 @@ def kl_loss(logp, ref_logp, old_logp, mask, denominator):
 
 
 def token_denominator(how: str, lengths: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
-    """--aggregation: what to divide token sums by, for answers of (B,) tokens -> (B, 1)."""
-    B, one = len(lengths), torch.ones_like(lengths)
-    total = {"token": lengths.sum() * one, "sequence": B * lengths, "constant": B * max_new_tokens * one}[how]
-    return total[:, None].clamp(min=1)
+    """--aggregation: what to divide token sums by, for answers of (B,) tokens, counted over all ranks -> (B, 1)."""
+    B, one = total(len(lengths)), torch.ones_like(lengths)
+    divisor = {"token": total(lengths.sum()) * one, "sequence": B * lengths, "constant": B * max_new_tokens * one}[how]
+    return divisor[:, None].clamp(min=1)
 
 
 @dataclass
@@ -148,7 +149,7 @@ def choose_layer(run) -> int:
             raise BadInput(f"--layer {cfg.layer}: give auto or a block of the model, 1 (lowest) to {L}")
         return int(cfg.layer)
     rollout = sample(run.model, run.tokenizer, [row["prompt"] for row in run.train[:16]], 4, min(cfg.max_new_tokens, 512),
-                     cfg.temperature, seed=cfg.seed)
+                     cfg.temperature, seed=cfg.seed, alone=True)
     entropies = rollout_entropies(run.model, rollout, cfg.micro_batch_tokens)
     change = entropy_changes(entropies)["ffn"]                                                  # (L,), eq. 13
     try:
@@ -169,8 +170,9 @@ def choose_layer(run) -> int:
 @exit_on_bad_input
 def main(argv=None):
     cfg = parse_flags(Config, Shared, description=__doc__, argv=argv)
-    if cfg.prompts_per_step % cfg.updates_per_rollout:
-        raise BadInput(f"--updates-per-rollout {cfg.updates_per_rollout} must divide --prompts-per-step {cfg.prompts_per_step}")
+    if cfg.prompts_per_step % (cfg.updates_per_rollout * size()):
+        raise BadInput(f"--updates-per-rollout {cfg.updates_per_rollout}{f' x {size()} processes' * (size() > 1)} must divide "
+                       f"--prompts-per-step {cfg.prompts_per_step}")
     run = start(cfg, "bupo")
     model, optimizer = run.model, run.optimizer
     reference = initial_model(cfg, model) if cfg.kl_coef else None
@@ -184,7 +186,7 @@ def main(argv=None):
         layer = run.summary["layer"] if step < cfg.internal_steps else None                     # eq. 10
         if step == cfg.internal_steps and step > 0:
             tqdm.write(f"step {step + 1}: phase 2, the objective is now the whole model's")
-        problems = batch_of(run.train, step, cfg.prompts_per_step, cfg.seed)
+        problems = share(batch_of(run.train, step, cfg.prompts_per_step, cfg.seed))
         with run.clock("sampling"):
             rollout = sample(model, run.tokenizer, [p["prompt"] for p in problems], cfg.group_size, cfg.max_new_tokens,
                              cfg.temperature, seed=cfg.seed * 100_000 + step)
@@ -192,7 +194,7 @@ def main(argv=None):
             golds = [p["answer"] for p in problems for _ in range(cfg.group_size)]
             rewards = torch.tensor([reward(text, gold) for text, gold in zip(rollout.texts, golds)], device=rollout.tokens.device)
             rewards *= rollout.finished | (cfg.truncated == "mask")                             # (B,)
-        rewards = rewards.view(cfg.prompts_per_step, cfg.group_size)                            # (P, G)
+        rewards = rewards.view(len(problems), cfg.group_size)                                   # (P, G)
         advantages = advantages_of(cfg.advantage, rewards, rollout.lengths.view_as(rewards)).flatten()  # (B,)
         mask = rollout.mask * (rollout.finished | (cfg.truncated == "zero"))[:, None]           # (B, T)
 
@@ -200,12 +202,13 @@ def main(argv=None):
         updates = torch.arange(len(mask), device=mask.device).chunk(cfg.updates_per_rollout)    # each its share of the prompts
         denominator = torch.cat([token_denominator(cfg.aggregation, mask[rows].sum(1), cfg.max_new_tokens)
                                  for rows in updates])                                          # (B, 1)
+        mask = mask * useful[:, None]                                                           # others count, and are not run
         parts, gaps = [], []
         with run.clock("training"):
             old_logp = None if cfg.updates_per_rollout * cfg.ppo_epochs == 1 else score(        # (B, T)
-                model, rollout, useful.nonzero()[:, 0], cfg.micro_batch_tokens, cfg.temperature, layer, cfg.final_norm)
+                model, rollout, useful, cfg.micro_batch_tokens, cfg.temperature, layer, cfg.final_norm)
             for update, rows in enumerate(updates * cfg.ppo_epochs):
-                for m in micro_batches(rows[useful[rows]], rollout, cfg.micro_batch_tokens):    # (b,) row numbers
+                for m in micro_batches(rows, rollout, cfg.micro_batch_tokens, useful):          # (b,) row numbers
                     part = rollout[m]
                     logp, _ = response_logprobs(model, part, cfg.temperature, layer, cfg.final_norm)  # (b, T), eq. 5
                     old = logp.detach() if old_logp is None else old_logp[m]                    # (b, T)

@@ -37,6 +37,7 @@ from dataclasses import dataclass
 import torch
 
 from common.data import batch_of, encode_prompts, load_problems
+from common.distributed import size, total
 from common.errors import BadInput
 from common.evaluate import evaluate
 from common.flags import Reading, Shared, exit_on_bad_input, flag, parse_flags, several_models
@@ -186,8 +187,9 @@ def main(argv=None):
     if "--analyze" in argv:
         return analyze(argv)
     cfg = parse_flags(Config, Shared, description=__doc__, argv=argv)
-    if cfg.group_size % cfg.shots or (cfg.problem or cfg.problem_file) and cfg.shots > 1:
-        raise BadInput(f"--shots {cfg.shots} must divide --group-size {cfg.group_size}, and be 1 with --problem")
+    if cfg.group_size % (cfg.shots * size()) or (cfg.problem or cfg.problem_file) and cfg.shots > 1:
+        raise BadInput(f"--shots {cfg.shots}{f' x {size()} processes' * (size() > 1)} must divide --group-size {cfg.group_size}, "
+                       "and --shots be 1 with --problem")
     if cfg.problem_file and not pathlib.Path(cfg.problem_file).is_file():
         raise BadInput(f"--problem-file {cfg.problem_file}: no such file")
     if cfg.select and cfg.select < cfg.shots:
@@ -203,18 +205,18 @@ def main(argv=None):
 
     for step in run.steps():
         with run.clock("sampling"):
-            rollout = sample(model, run.tokenizer, [p["prompt"] for p in problems], cfg.group_size // cfg.shots,
-                             cfg.max_new_tokens, cfg.temperature, cfg.top_p, seed=cfg.seed * 100_000 + step,
-                             repetition_penalty=cfg.repetition_penalty)
+            rollout = sample(model, run.tokenizer, [p["prompt"] for p in problems],
+                             cfg.group_size // (cfg.shots * size()), cfg.max_new_tokens, cfg.temperature, cfg.top_p,
+                             seed=cfg.seed * 100_000 + step, repetition_penalty=cfg.repetition_penalty)
         mask = rollout.mask.clone()                                                             # (B, T)
         if cfg.authors_mask:  # what follows an end token is masked there, as the end token is the padding token
             mask[torch.arange(len(mask)), rollout.lengths - 1] -= rollout.finished.float()
-        parts = []
+        tokens, parts = total(mask.sum()).clamp(min=1), []
         with run.clock("training"):
             rows = torch.arange(len(mask), device=mask.device)                                  # (B,)
             for m in micro_batches(rows, rollout, cfg.micro_batch_tokens):                      # (b,) row numbers
                 entropy = answer_entropies(model, rollout[m], cfg.loss_temperature, int(cfg.authors_mask))  # (b, T)
-                loss = (entropy * mask[m]).sum() / mask.sum().clamp(min=1)
+                loss = (entropy * mask[m]).sum() / tokens
                 optimizer.backward(loss)
                 parts.append({"loss": loss.item()})
             parts.append({"grad_norm": optimizer.step(max_norm=1.0)})

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 
 from common.data import batch_of
+from common.distributed import share, size, total
 from common.errors import BadInput
 from common.flags import Shared, exit_on_bad_input, flag, parse_flags
 from common.logprobs import micro_batches, response_logprobs, score
@@ -53,9 +54,9 @@ def dr_grpo_advantages(rewards: torch.Tensor) -> torch.Tensor:
 
 def reinforce_pp_advantages(rewards: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """REINFORCE++ (arXiv 2501.03262): rewards whitened over all tokens, no groups. rewards, lengths (P, G) -> (P, G)."""
-    n = lengths.sum()
-    mean = (rewards * lengths).sum() / n
-    variance = ((rewards - mean).square() * lengths).sum() / (n - 1)
+    n = total(lengths.sum())
+    mean = total((rewards * lengths).sum()) / n
+    variance = total(((rewards - mean).square() * lengths).sum()) / (n - 1)
     return (rewards - mean) * torch.rsqrt(variance + 1e-8)
 
 
@@ -94,10 +95,10 @@ def kl_loss(logp, ref_logp, old_logp, mask, denominator):
 
 
 def token_denominator(how: str, lengths: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
-    """--aggregation: what to divide token sums by, for answers of (B,) tokens -> (B, 1)."""
-    B, one = len(lengths), torch.ones_like(lengths)
-    total = {"token": lengths.sum() * one, "sequence": B * lengths, "constant": B * max_new_tokens * one}[how]
-    return total[:, None].clamp(min=1)
+    """--aggregation: what to divide token sums by, for answers of (B,) tokens, counted over all ranks -> (B, 1)."""
+    B, one = total(len(lengths)), torch.ones_like(lengths)
+    divisor = {"token": total(lengths.sum()) * one, "sequence": B * lengths, "constant": B * max_new_tokens * one}[how]
+    return divisor[:, None].clamp(min=1)
 
 
 @dataclass
@@ -123,14 +124,15 @@ class Config:
 @exit_on_bad_input
 def main(argv=None):
     cfg = parse_flags(Config, Shared, description=__doc__, argv=argv)
-    if cfg.prompts_per_step % cfg.updates_per_rollout:
-        raise BadInput(f"--updates-per-rollout {cfg.updates_per_rollout} must divide --prompts-per-step {cfg.prompts_per_step}")
+    if cfg.prompts_per_step % (cfg.updates_per_rollout * size()):
+        raise BadInput(f"--updates-per-rollout {cfg.updates_per_rollout}{f' x {size()} processes' * (size() > 1)} must divide "
+                       f"--prompts-per-step {cfg.prompts_per_step}")
     run = start(cfg, "grpo")
     model, optimizer = run.model, run.optimizer
     reference = initial_model(cfg, model) if cfg.kl_coef else None
 
     for step in run.steps():
-        problems = batch_of(run.train, step, cfg.prompts_per_step, cfg.seed)
+        problems = share(batch_of(run.train, step, cfg.prompts_per_step, cfg.seed))
         with run.clock("sampling"):
             rollout = sample(model, run.tokenizer, [p["prompt"] for p in problems], cfg.group_size, cfg.max_new_tokens,
                              cfg.temperature, seed=cfg.seed * 100_000 + step)
@@ -138,7 +140,7 @@ def main(argv=None):
             golds = [p["answer"] for p in problems for _ in range(cfg.group_size)]
             rewards = torch.tensor([reward(text, gold) for text, gold in zip(rollout.texts, golds)], device=rollout.tokens.device)
             rewards *= rollout.finished | (cfg.truncated == "mask")                             # (B,)
-        rewards = rewards.view(cfg.prompts_per_step, cfg.group_size)                            # (P, G)
+        rewards = rewards.view(len(problems), cfg.group_size)                                   # (P, G)
         advantages = advantages_of(cfg.advantage, rewards, rollout.lengths.view_as(rewards)).flatten()  # (B,)
         mask = rollout.mask * (rollout.finished | (cfg.truncated == "zero"))[:, None]           # (B, T)
 
@@ -146,12 +148,13 @@ def main(argv=None):
         updates = torch.arange(len(mask), device=mask.device).chunk(cfg.updates_per_rollout)    # each its share of the prompts
         denominator = torch.cat([token_denominator(cfg.aggregation, mask[rows].sum(1), cfg.max_new_tokens)
                                  for rows in updates])                                          # (B, 1)
+        mask = mask * useful[:, None]                                                           # others count, and are not run
         parts, gaps = [], []
         with run.clock("training"):
             old_logp = None if cfg.updates_per_rollout * cfg.ppo_epochs == 1 else score(        # (B, T)
-                model, rollout, useful.nonzero()[:, 0], cfg.micro_batch_tokens, cfg.temperature)
+                model, rollout, useful, cfg.micro_batch_tokens, cfg.temperature)
             for update, rows in enumerate(updates * cfg.ppo_epochs):
-                for m in micro_batches(rows[useful[rows]], rollout, cfg.micro_batch_tokens):    # (b,) row numbers
+                for m in micro_batches(rows, rollout, cfg.micro_batch_tokens, useful):          # (b,) row numbers
                     part = rollout[m]
                     logp, _ = response_logprobs(model, part, cfg.temperature)                   # (b, T)
                     old = logp.detach() if old_logp is None else old_logp[m]                    # (b, T)

@@ -48,13 +48,14 @@ from tqdm import tqdm
 
 from common.arithmetic import solve
 from common.data import batch_of, encode_prompt
+from common.distributed import rank, share, size, total
 from common.errors import BadInput
 from common.evaluate import describe_reflection, reflection_rates  # noqa: F401  (the paper's measure, offered from here too)
 from common.flags import BOXED, Shared, exit_on_bad_input, flag, parse_flags
 from common.logprobs import micro_batches, response_logprobs
 from common.models import causal_lm, is_small, load_model, load_tokenizer
 from common.run import start
-from common.sampling import sample
+from common.sampling import sample_texts
 from common.traces import (
     as_rollout,
     collect,
@@ -201,9 +202,9 @@ def make_teacher(cfg):
         encoded = [encode_prompt(tokenizer, prompt, cfg.teacher_system, cfg.thinking) for prompt in prompts]
         fitting, texts = [ids for ids in encoded if len(ids) <= longest], iter(())
         if fitting:
-            rollout = sample(model, tokenizer, fitting, n, cfg.teacher_max_new_tokens, cfg.teacher_temperature,
-                             cfg.teacher_top_p, seed)
-            texts = iter([text if ended else None for text, ended in zip(rollout.texts, rollout.finished.tolist())])
+            found = sample_texts(model, tokenizer, fitting, n, cfg.teacher_max_new_tokens, cfg.teacher_temperature,
+                                 cfg.teacher_top_p, seed)
+            texts = iter([text if ended else None for text, _, ended in found])
         return [next(texts) if len(ids) <= longest else None for ids in encoded for _ in range(n)]
 
     def answers(first, rows):
@@ -233,23 +234,24 @@ def sampled_traces(run) -> list[dict]:
         return [judge(row, texts, [text is not None and reward(text, row["answer"]) == 1 for text in texts], cfg.keep,
                       cfg.filter == "agree", settings) for row, texts in zip(rows, answers(first, rows))]
     rows, size = [], max(1, ROWS // cfg.samples)
-    for row in tqdm(collect(path, lines, problems, size, draw), desc="sampling traces", unit="problem", total=len(problems)):
+    for row in tqdm(collect(path, lines, problems, size, draw), desc="sampling traces", unit="problem", total=len(problems),
+                    disable=rank() > 0):
         rows.append(row)
         if len(rows) == PATIENCE and not any(row["completions"] for row in rows):
             break
-    total = {name: sum(row[name] for row in rows) for name in ("sampled", "finished", "right", "agrees")}
+    counts = {name: sum(row[name] for row in rows) for name in ("sampled", "finished", "right", "agrees")}
     kept = sum(len(row["completions"]) for row in rows)
-    share = lambda count: f"{count} ({count / total['sampled']:.1%})"
-    print(f"traces: {total['sampled']} answers to {len(rows)} problems: {share(total['finished'])} ended, "
-          f"{share(total['right'])} right, {share(kept)} kept, each once; {total['agrees']} labels agree with one of two answers")
+    of_all = lambda count: f"{count} ({count / counts['sampled']:.1%})"
+    print(f"traces: {counts['sampled']} answers to {len(rows)} problems: {of_all(counts['finished'])} ended, "
+          f"{of_all(counts['right'])} right, {of_all(kept)} kept, each once; {counts['agrees']} labels agree with an answer")
     if not kept:
-        raise BadInput(f"--teacher {cfg.teacher}: none of {total['sampled']} answers to {len(rows)} problems was kept, "
-                       f"{share(total['right'])} were right, {share(total['finished'])} ended; try more --samples or "
+        raise BadInput(f"--teacher {cfg.teacher}: none of {counts['sampled']} answers to {len(rows)} problems was kept, "
+                       f"{of_all(counts['right'])} were right, {of_all(counts['finished'])} ended; try more --samples or "
                        "--teacher-max-new-tokens, see that --teacher-system asks for a \\boxed{} answer, or take easier problems")
     labels = [{name: row[name] for name in ("problem", "answer")} for row in rows if row["agrees"] or cfg.filter == "none"]
     run.write("problems.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in labels))
-    run.summary["sampling"] = {**total, "problems": len(rows), "labels": len(labels), "kept": kept,
-                               "kept_share": kept / total["sampled"]}
+    run.summary["sampling"] = {**counts, "problems": len(rows), "labels": len(labels), "kept": kept,
+                               "kept_share": kept / counts["sampled"]}
     return [{"problem": row["problem"], "completion": text} for row in rows for text in row["completions"]]
 
 
@@ -299,15 +301,17 @@ def main(argv=None):
     print(f"        {statistics['tokens']} tokens, {statistics['mean_length']:.0f} on average; lengths:")
     for span, count in statistics["histogram"].items():
         print(f"        {span:>13} {count:7} {'#' * math.ceil(50 * count / len(rows))}")
-    total = cfg.epochs * len(rows)
-    cfg.steps = math.ceil(total / cfg.batch_size)
+    visits = cfg.epochs * len(rows)
+    cfg.steps = math.ceil(visits / cfg.batch_size)
+    nothing = {"prompt": rows[0]["prompt"], "response": []}  # so that all ranks have equally many rows
 
     for step in run.steps():
-        batch = batch_of(rows, step, cfg.batch_size, cfg.seed)[:total - step * cfg.batch_size]
+        batch = batch_of(rows, step, cfg.batch_size, cfg.seed)[:visits - step * cfg.batch_size]
+        batch = share(batch + [nothing] * (-len(batch) % size()))
         rollout, lr = as_rollout(batch, device), lr_at(step, cfg.steps, cfg.lr)
         for group in optimizer.adamw.param_groups:
             group.update(lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
-        tokens, parts = int(rollout.lengths.sum()), []
+        tokens, parts = total(int(rollout.lengths.sum())), []
         with run.clock("training"):
             for m in micro_batches(torch.arange(len(batch), device=device), rollout, cfg.micro_batch_tokens):   # (b,) row numbers
                 logp, entropy = response_logprobs(model, rollout[m])                            # (b, T)

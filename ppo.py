@@ -45,6 +45,7 @@ import torch
 from torch import nn
 
 from common.data import batch_of
+from common.distributed import shard, share, size, total
 from common.errors import BadInput
 from common.flags import Shared, exit_on_bad_input, flag, parse_flags
 from common.internal_policy import hidden_states
@@ -132,10 +133,10 @@ def advantages_of(rewards, gammas, values, mask, lam: float = 1.0) -> tuple[torc
 
 
 def whiten(advantages: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean 0 and variance 1 (of the population) over the tokens in mask; 0 outside. (B, T) x2 -> (B, T)."""
-    n = mask.sum().clamp(min=1)
-    mean = (advantages * mask).sum() / n
-    variance = ((advantages - mean).square() * mask).sum() / n
+    """Mean 0 and variance 1 (of the population) over the tokens in mask, of all ranks; 0 outside. (B, T) x2 -> (B, T)."""
+    n = total(mask.sum()).clamp(min=1)
+    mean = total((advantages * mask).sum()) / n
+    variance = total(((advantages - mean).square() * mask).sum()) / n
     return (advantages - mean) * torch.rsqrt(variance.clamp(min=1e-8)) * mask
 
 
@@ -167,15 +168,17 @@ def value_loss(values, old_values, returns, mask, clip: float = 0.2, denominator
 
 def explained_variance(values, returns, mask) -> float:
     """1 - Var(returns - values) / Var(returns) over the tokens in mask. (B, T) x3 -> at most 1; 0 if all returns are equal."""
-    left, all = ((x[mask > 0]).var(correction=0).item() for x in (returns - values, returns))
+    n = total(mask.sum()).clamp(min=1)
+    mean = lambda x: total((x * mask).sum()) / n
+    left, all = (mean((x - mean(x)).square()).item() for x in (returns - values, returns))
     return 1 - left / all if all else 0.0
 
 
 def token_denominator(how: str, lengths: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
-    """--aggregation: what to divide token sums by, for answers of (B,) tokens -> (B, 1)."""
-    B, one = len(lengths), torch.ones_like(lengths)
-    total = {"token": lengths.sum() * one, "sequence": B * lengths, "constant": B * max_new_tokens * one}[how]
-    return total[:, None].clamp(min=1)
+    """--aggregation: what to divide token sums by, for answers of (B,) tokens, counted over all ranks -> (B, 1)."""
+    B, one = total(len(lengths)), torch.ones_like(lengths)
+    divisor = {"token": total(lengths.sum()) * one, "sequence": B * lengths, "constant": B * max_new_tokens * one}[how]
+    return divisor[:, None].clamp(min=1)
 
 
 class Critic(nn.Module):
@@ -185,6 +188,12 @@ class Critic(nn.Module):
         self.trunk, self.head = trunk, nn.Linear(width, 1, dtype=torch.float32)
         for weight in self.head.parameters():
             nn.init.zeros_(weight)
+
+    def forward(self, ids, predicts, states):
+        """ids, predicts (B, S) as from join(); states (N, D), the policy's -> (N,)."""
+        if self.trunk is not None:
+            states = self.trunk(input_ids=ids, use_cache=False).last_hidden_state[predicts]
+        return self.head(states.float())[:, 0]
 
     def state_dict(self, *args, **kwargs):
         """What is trained: of a trunk with adapters, the adapters."""
@@ -198,11 +207,16 @@ class Critic(nn.Module):
 def build_critic(cfg, model) -> Critic:
     """--critic. A copy is --model loaded once more, not the weights as they are now, so adapters and --resume need nothing."""
     weight = causal_lm(model).lm_head.weight                                            # (V, D)
-    trunk = None if cfg.critic == "shared" else causal_lm(load_model(cfg.model, cfg.device, cfg.dtype, cfg.lora_rank)).model
-    critic = Critic(weight.shape[1], trunk).to(weight.device).train()
+    load = lambda: load_model(cfg.model, cfg.device, cfg.dtype, cfg.lora_rank, split=False)
+    trunk = None if cfg.critic == "shared" else causal_lm(load()).model
+    critic = Critic(weight.shape[1], trunk).train()
+    if size() > 1:
+        shard(critic, trunk.layers if trunk else (), weight.device, trunk.dtype if trunk else torch.float32, (critic.head,))
+    critic.to(weight.device)
     trained = sum(p.numel() for p in critic.parameters() if p.requires_grad)
     held = sum(p.numel() * (p.element_size() + p.requires_grad * (12 + 4 * (p.element_size() < 4))) for p in critic.parameters())
-    print(f"critic: {cfg.critic}, {trained / 1e6:.2f} M trained; weights, gradients, moments: {held / 2**20:.1f} MiB more")
+    held /= size() * 2**20
+    print(f"critic: {cfg.critic}, {trained / 1e6:.2f} M trained; weights, gradients, moments: {held:.1f} MiB more")
     return critic
 
 
@@ -211,9 +225,7 @@ def logp_and_values(model, critic, rollout, temperature: float = 1.0) -> tuple[t
     ids, predicts = join(rollout.prompts, rollout.tokens, rollout.lengths)              # (B, S) each
     states, inside = hidden_states(model, ids)[predicts], rollout.mask.bool()           # (N, D), (B, T), N of them True
     logp, _ = token_logprobs(states, causal_lm(model).lm_head.weight, rollout.tokens[inside], temperature)  # (N,)
-    if critic.trunk is not None:
-        states = critic.trunk(input_ids=ids, use_cache=False).last_hidden_state[predicts]
-    values = critic.head(states.float())[:, 0]                                          # (N,)
+    values = critic(ids, predicts, states)                                              # (N,)
     return tuple(torch.zeros_like(rollout.mask).masked_scatter(inside, x) for x in (logp, values))
 
 
@@ -279,8 +291,9 @@ class Config:
 
 def check(cfg) -> None:
     """BadInput for flags that do not go together."""
-    if cfg.prompts_per_step % cfg.updates_per_rollout:
-        raise BadInput(f"--updates-per-rollout {cfg.updates_per_rollout} must divide --prompts-per-step {cfg.prompts_per_step}")
+    if cfg.prompts_per_step % (cfg.updates_per_rollout * size()):
+        raise BadInput(f"--updates-per-rollout {cfg.updates_per_rollout}{f' x {size()} processes' * (size() > 1)} must divide "
+                       f"--prompts-per-step {cfg.prompts_per_step}")
     if (cfg.reward != "classic" or cfg.exceed is not None) and too_long(1, cfg.max_new_tokens, cfg.margin):
         raise BadInput(f"--margin {cfg.margin}: with --max-new-tokens {cfg.max_new_tokens} every answer would be too long")
     if cfg.lam != 1 and cfg.penalty and cfg.penalty_gamma != cfg.gamma:
@@ -298,7 +311,7 @@ def main(argv=None):
     reference = initial_model(cfg, model) if cfg.kl_coef else None
 
     for step in run.steps():
-        problems = batch_of(run.train, step, cfg.prompts_per_step, cfg.seed)
+        problems = share(batch_of(run.train, step, cfg.prompts_per_step, cfg.seed))
         with run.clock("sampling"):
             rollout = sample(model, run.tokenizer, [p["prompt"] for p in problems], cfg.group_size, cfg.max_new_tokens,
                              cfg.temperature, seed=cfg.seed * 100_000 + step)
@@ -309,28 +322,27 @@ def main(argv=None):
             repeated = repeated_tokens(rollout, cfg.ngram)                                      # (B, T)
             rewards = token_rewards(cfg, rollout, correct, repeated)                            # (M, B, T)
         mask, budget = rollout.mask, cfg.micro_batch_tokens                                     # (B, T)
-        everyone = torch.arange(len(mask), device=mask.device)                                  # (B,) all rows have a gradient
         outcomes = {"score": rewards.sum().item() / len(mask),
                     "exceeded": too_long(rollout.lengths, cfg.max_new_tokens, cfg.margin).float().mean().item(),
-                    "repeated": (repeated.sum() / mask.sum()).item()}
+                    "repeated": (total(repeated.sum()) / total(mask.sum())).item()}
 
         gammas = torch.tensor([cfg.gamma, cfg.penalty_gamma][:len(rewards)], device=mask.device)    # (M,)
         if step == 0:  # else the trunk spends its first updates on learning this one number, and its features go with it
-            critic.head.bias.data.fill_(discounted_returns(rewards, gammas, mask).sum() / mask.sum())
+            critic.head.bias.data.fill_((total(discounted_returns(rewards, gammas, mask).sum()) / total(mask.sum())).item())
 
         parts, gaps = [], []
         with run.clock("training"):
             old_logp, old_values = score_with_values(model, critic, rollout, budget, cfg.temperature)  # (B, T) each
             if reference is not None:
                 with reference() as initial:
-                    ref_logp = score(initial, rollout, everyone, budget, cfg.temperature)       # (B, T)
+                    ref_logp = score(initial, rollout, None, budget, cfg.temperature)           # (B, T)
                 rewards = charge_kl(rewards, old_logp, ref_logp, cfg.kl_coef)                   # (M, B, T)
                 outcomes["kl"] = (old_logp - ref_logp).sum().item() / len(mask)                 # nats an answer
             advantages, returns = advantages_of(rewards, gammas, old_values, mask, cfg.lam)     # (B, T) each
             advantages = whiten(advantages, mask)                                               # (B, T)
             outcomes["explained_variance"] = explained_variance(old_values, returns, mask)
 
-            updates = everyone.chunk(cfg.updates_per_rollout)                           # each its share of the prompts
+            updates = torch.arange(len(mask), device=mask.device).chunk(cfg.updates_per_rollout)  # each its share of the prompts
             denominator = torch.cat([token_denominator(cfg.aggregation, rollout.lengths[rows], cfg.max_new_tokens)
                                      for rows in updates])                                      # (B, 1)
             for update, rows in enumerate(updates * cfg.ppo_epochs):
@@ -346,7 +358,7 @@ def main(argv=None):
                     if update == 0:
                         gaps.append((logp.detach() - rollout.logp[m])[mask[m] > 0])
                 parts.append({"grad_norm": optimizer.step(max_norm=1.0), "critic_grad_norm": critic_optimizer.step(max_norm=1.0)})
-        run.log(rollout, correct.view(cfg.prompts_per_step, cfg.group_size), parts, gaps, **outcomes)
+        run.log(rollout, correct.view(len(problems), cfg.group_size), parts, gaps, **outcomes)
     run.finish()
 
 

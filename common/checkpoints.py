@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from common.errors import BadInput
 
-FORMAT = 1  # goes up when what lies in a checkpoint changes its meaning
+FORMAT = 2  # goes up when what lies in a checkpoint changes its meaning
 
 
 def sync(path: pathlib.Path) -> None:

@@ -20,10 +20,11 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from common.data import encode_prompts, load_problems
+from common.distributed import rank
 from common.errors import BadInput
 from common.flags import Reading, exit_on_bad_input, flag, parse_flags
 from common.models import causal_lm, load_model, load_tokenizer
-from common.sampling import sample
+from common.sampling import sample_texts
 from common.verify import reward
 
 REFLECTION_WORDS = ("wait", "recheck", "alternatively", "retry", "however")
@@ -59,14 +60,14 @@ def evaluate(model, tokenizer, rows: list[dict], k: int, max_new_tokens: int, te
     truncated (share), reflection (reflection_rates of the answers), answers (a row a problem: problem, answer, responses,
     correct)."""
     answers, lengths, finished = [], [], []
-    for start in tqdm(range(0, len(rows), 64), desc=label, unit="batch", leave=False):
+    for start in tqdm(range(0, len(rows), 64), desc=label, unit="batch", leave=False, disable=rank() > 0):
         batch = rows[start:start + 64]
-        rollout = sample(model, tokenizer, [row["prompt"] for row in batch], k, max_new_tokens, temperature, top_p,
-                         seed=seed + start)
-        lengths += rollout.lengths.tolist()
-        finished += rollout.finished.tolist()
+        sampled = sample_texts(model, tokenizer, [row["prompt"] for row in batch], k, max_new_tokens, temperature, top_p,
+                               seed=seed + start)
+        lengths += [length for _, length, _ in sampled]
+        finished += [ended for _, _, ended in sampled]
         for i, row in enumerate(batch):
-            texts = rollout.texts[i * k:(i + 1) * k]
+            texts = [text for text, _, _ in sampled[i * k:(i + 1) * k]]
             answers.append({"problem": row["problem"], "answer": row["answer"], "responses": texts,
                             "correct": [int(reward(text, row["answer"])) for text in texts]})
     means = [sum(row["correct"]) / k for row in answers]
@@ -109,9 +110,10 @@ def main(argv=None):
     rows = encode_prompts(tokenizer, rows, cfg.system, cfg.thinking, longest)
     print(f"first prompt: {tokenizer.decode(rows[0]['prompt'])!r}")
     result = evaluate(model, tokenizer, rows, cfg.k, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.seed)
-    output.parent.mkdir(parents=True, exist_ok=True)
     rows = [*result.pop("answers"), {"summary": {**result, "flags": vars(cfg)}}]
-    output.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    if rank() == 0:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     print(describe(result))
     print("   ".join(f"Pass@{j} {value:.3f}" for j, value in result["pass_at"].items()))
     print(describe_reflection(result["reflection"]))

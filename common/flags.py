@@ -10,6 +10,7 @@ import sys
 
 import torch
 
+from common.distributed import process_group
 from common.errors import BadInput
 from common.models import is_small
 
@@ -130,7 +131,8 @@ def read_config(folder: str) -> dict:
 
 
 def exit_on_bad_input(main):
-    """Wraps a script's main: BadInput becomes one line on stderr and exit code 2, a second Ctrl-C one line and 130.
+    """Wraps a script's main: BadInput becomes one line on stderr and exit code 2, a second Ctrl-C one line and 130; and the
+    processes that torchrun has started find each other.
 
     A BadInput that has a .retry is tried once more with those arguments, after all that main held is gone from memory.
     """
@@ -138,7 +140,8 @@ def exit_on_bad_input(main):
     def wrapped(*args, **kwargs):
         for last in (False, True):
             try:
-                return main(*args, **kwargs)
+                with process_group():
+                    return main(*args, **kwargs)
             except BadInput as error:
                 retry = None if last else error.retry
                 print(f"{error}\nonce more: {' '.join(retry)}" if retry else f"error: {error}", file=sys.stderr)

@@ -29,6 +29,7 @@ from torch import nn
 from tqdm import tqdm
 
 from common.data import encode_prompts, load_problems
+from common.distributed import gather_rest, gathered
 from common.errors import BadInput
 from common.flags import Reading, exit_on_bad_input, flag, parse_flags, several_models
 from common.models import causal_lm, load_model, load_tokenizer
@@ -51,6 +52,7 @@ def first_blocks(model, layer: int, final_norm: bool = False) -> nn.Module:
 
 def hidden_states(model, input_ids, attention_mask=None, layer: int | None = None, final_norm: bool = False) -> torch.Tensor:
     """(B, T) ids -> (B, T, D), what the unembedding reads: norm(H^L) for layer None or L, else H^layer as in eq. 5."""
+    gather_rest(causal_lm(model))
     trunk = causal_lm(model).model
     if layer is not None and layer != len(trunk.layers):
         trunk = first_blocks(model, layer, final_norm)
@@ -147,7 +149,8 @@ def internal_view(model, input_ids, attention_mask, mask, chunk: int | None = No
             block.mlp.register_forward_hook(lambda _m, args, output: caught.update(ffn_in=args[0], ffn_out=tensor(output))),
             block.register_forward_hook(leave)]
     try:
-        lm.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        with gathered(lm):
+            lm.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

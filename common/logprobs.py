@@ -8,6 +8,7 @@ changes nothing. Only the hidden states that predict answer tokens meet the voca
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from common.distributed import everyone
 from common.internal_policy import hidden_states
 from common.models import causal_lm
 from common.sampling import join
@@ -56,25 +57,32 @@ def response_logprobs(model, rollout, temperature: float = 1.0, layer: int | Non
     return tuple(torch.zeros_like(rollout.mask).masked_scatter(inside, value) for value in values)
 
 
-def micro_batches(rows: torch.Tensor, rollout, budget: int) -> list[torch.Tensor]:
+def micro_batches(rows: torch.Tensor, rollout, budget: int, useful: torch.Tensor | None = None) -> list[torch.Tensor]:
     """Splits row numbers (N,) of a rollout so that in each part rows x longest row <= budget tokens, prompt and answer.
 
-    Sorted by length, so that a part has little padding. A row longer than the budget makes a part of its own.
+    Sorted by length, so that a part has little padding. A row longer than the budget makes a part of its own. useful (B,), True
+    or False: only those rows are taken. All ranks, each with N rows, get equally many parts, since they compute together:
+    one that has fewer splits them, or adds rows that are not useful, whose loss must be 0.
     """
     sizes = {row: len(rollout.prompts[row]) + int(rollout.lengths[row]) for row in rows.tolist()}
+    spare = [row for row in sizes if useful is not None and not useful[row]]
     parts = []
-    for row in sorted(sizes, key=lambda row: -sizes[row]):
+    for row in sorted(sizes.keys() - spare, key=lambda row: (-sizes[row], row)):
         if not parts or (len(parts[-1]) + 1) * sizes[parts[-1][0]] > budget:
             parts.append([])
         parts[-1].append(row)
+    count = max(everyone(len(parts)))
+    while len(parts) < count:
+        most = max(parts, key=len, default=[])
+        parts.append([most.pop()] if len(most) > 1 else [spare.pop()])
     return [torch.tensor(part, device=rows.device) for part in parts]
 
 
 @torch.no_grad()
-def score(model, rollout, rows: torch.Tensor, budget: int, temperature: float = 1.0, layer: int | None = None,
+def score(model, rollout, useful: torch.Tensor | None, budget: int, temperature: float = 1.0, layer: int | None = None,
           final_norm: bool = False) -> torch.Tensor:
-    """Log-probs (B, T) of a rollout's `rows` (numbers, (N,)) under the model as it is now; 0 in the other rows. No gradient."""
+    """Log-probs (B, T) of a rollout's useful rows ((B,), True or False; None: all) under the model. No gradient."""
     logp = torch.zeros_like(rollout.logp)                                     # (B, T)
-    for m in micro_batches(rows, rollout, budget):
+    for m in micro_batches(torch.arange(len(logp), device=logp.device), rollout, budget, useful):
         logp[m], _ = response_logprobs(model, rollout[m], temperature, layer, final_norm)
     return logp

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from common.distributed import shard, size
 from common.errors import BadInput
 
 logging.disable_progress_bar()  # loading and saving take moments; the bars would break up a run's own
@@ -69,17 +70,21 @@ def load_tokenizer(name: str):
     return _from_pretrained(AutoTokenizer, name)
 
 
-def load_model(name: str, device: str = "auto", dtype: str = "auto", lora_rank: int = 0, adapter: str | None = None):
+def load_model(name: str, device: str = "auto", dtype: str = "auto", lora_rank: int = 0, adapter: str | None = None,
+               split: bool = True):
     """-> model in eval mode, on its device.
 
     dtype `auto` is float32 on the CPU and bfloat16 elsewhere; the optimiser keeps float32 masters of bfloat16 weights.
     lora_rank > 0 wraps all linear maps of the blocks with peft and leaves only the adapters trainable; `adapter` is the folder
-    of a saved one to go on from. Raises BadInput for a model or a device that is not there.
+    of a saved one to go on from. On several ranks the weights are split over them, unless the caller does that. Raises BadInput
+    for a model or a device that is not there.
     """
     place = pick_device(device)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(dtype) or (
         torch.float32 if place.type == "cpu" else torch.bfloat16)
-    model = _from_pretrained(AutoModelForCausalLM, name, dtype=dtype, attn_implementation="sdpa", use_safetensors=True).to(place)
+    model = _from_pretrained(AutoModelForCausalLM, name, dtype=dtype, attn_implementation="sdpa", use_safetensors=True)
+    if size() == 1:
+        model.to(place)
     if lora_rank:
         from peft import LoraConfig, PeftModel, get_peft_model
         model = (PeftModel.from_pretrained(model, adapter, is_trainable=True) if adapter else
@@ -88,6 +93,12 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto", lora_rank: 
     if model.config.hidden_size > 256:  # the name has changed in transformers 5.2x
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
+    if size() > 1 and split:
+        lm = causal_lm(model)
+        shard(lm, lm.model.layers, place, dtype)
+        with torch.no_grad():
+            lm(input_ids=torch.zeros(1, 1, dtype=torch.long, device=place))
+        lm.reshard()
     return model.eval()
 
 
@@ -127,11 +138,12 @@ def memory_plan(model, rows: int, tokens: int, micro_batch_tokens: int, max_rows
     """GiB that a step will hold at its peak, by part. rows x tokens is a rollout, of which max_rows are decoded at once.
 
     Weights, masters, gradients and moments stay; of the cache (sampling) and the activations (training) only the larger counts.
+    On N ranks it is the plan of each: all but the gathered weights in N parts.
     """
     config, lm = model.config, causal_lm(model)
-    size = {p: p.numel() for p in lm.parameters()}
-    trained = sum(n for p, n in size.items() if p.requires_grad)
-    item = next(lm.parameters()).element_size()
+    numel = {p: p.numel() for p in lm.parameters()}
+    trained = sum(n for p, n in numel.items() if p.requires_grad)
+    item, N = (getattr(lm, "narrow", None) or next(lm.parameters()).dtype).itemsize, size()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cache_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * item
     # a checkpointed block keeps its input; one block at a time keeps everything: about 12 widths and 4 of the inner width
@@ -139,10 +151,10 @@ def memory_plan(model, rows: int, tokens: int, micro_batch_tokens: int, max_rows
     checkpointed = config.hidden_size > 256
     activation_token = config.num_hidden_layers * (config.hidden_size * item if checkpointed else block) + checkpointed * block
     plan = {
-        "weights": sum(size.values()) * item,
-        "float32 masters": 4 * trained if item < 4 else 0,
-        "gradients": 4 * trained,
-        "Adam moments": 8 * trained,
+        "weights": sum(numel.values()) * item,
+        "float32 masters": 4 * trained / N if item < 4 or N > 1 else 0,
+        "gradients": 4 * trained / N,
+        "Adam moments": 8 * trained / N,
         "cache while sampling": cache_token * min(rows, max_rows) * tokens,
         "activations": activation_token * min(micro_batch_tokens, rows * tokens),
         "logits chunk": 3 * 4 * min(1 << 27, config.vocab_size * micro_batch_tokens),

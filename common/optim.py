@@ -2,13 +2,17 @@
 import math
 
 import torch
+from torch.distributed.tensor import DTensor
+
+from common.distributed import size, split_like, total
 
 
 class MasterAdamW:
     """AdamW over float32 masters of a model's trainable weights; float32 weights are their own masters.
 
     Gradients of bfloat16 weights are added up in float32 as each backward pass delivers them, so the number of micro-batches
-    changes nothing but the last bits. A weight that got no gradient is left alone altogether: no decay, no step count.
+    changes nothing but the last bits. A weight that got no gradient is left alone altogether: no decay, no step count. Weights
+    that are split over ranks (common/distributed.py) are float32 already.
     .updates counts the updates made since the program began.
     """
 
@@ -34,8 +38,9 @@ class MasterAdamW:
         self.loss_is_finite = True
 
     def backward(self, loss: torch.Tensor) -> None:
-        """loss.backward(); and if the loss is NaN or infinite, the next step() updates nothing, whatever the gradient is."""
-        loss.backward()
+        """loss.backward(), the gradients summed over ranks; and if the loss is NaN or infinite, the next step() updates nothing,
+        whatever the gradient is."""
+        (loss * size()).backward()  # FSDP takes the mean
         self.loss_is_finite &= math.isfinite(loss.item())
 
     @torch.no_grad()
@@ -45,8 +50,9 @@ class MasterAdamW:
         If the norm or a loss given to backward() is not finite, nothing is updated, and NaN or infinity is returned. Gradients
         take no memory while answers are sampled.
         """
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, max_norm).item()
-        norm = norm if self.loss_is_finite else math.nan
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, max_norm)
+        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        norm = math.nan if total(int(not self.loss_is_finite)) else norm
         if math.isfinite(norm) and norm > 0:
             self.updates += 1
             self.adamw.step()
@@ -57,13 +63,18 @@ class MasterAdamW:
         return norm
 
     def state_dict(self) -> dict:
-        copies = [master for weight, master in zip(self.weights, self.masters) if master is not weight]
-        return {"adamw": self.adamw.state_dict(), "masters": copies}
+        """"masters" has None where a weight of one process is its own."""
+        masters = [None if master is weight and not isinstance(weight, DTensor) else master
+                   for weight, master in zip(self.weights, self.masters)]
+        return {"adamw": self.adamw.state_dict(), "masters": masters}
 
     def load_state_dict(self, state: dict) -> None:
+        """Takes whole tensors, also where the weights are split."""
         self.adamw.load_state_dict(state["adamw"])
+        for master, moments in self.adamw.state.items():
+            moments.update({name: split_like(value, master) for name, value in moments.items()})
         for group in self.adamw.param_groups:  # a resumed run may have been given another learning rate
             group.update(self.given)
-        copies = [master for weight, master in zip(self.weights, self.masters) if master is not weight]
-        for master, saved in zip(copies, state["masters"], strict=True):
-            master.copy_(saved)
+        for master, saved in zip(self.masters, state["masters"], strict=True):
+            if saved is not None:
+                master.copy_(split_like(saved, master))

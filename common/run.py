@@ -17,6 +17,7 @@ import os
 import pathlib
 import platform
 import signal
+import statistics
 import sys
 import time
 
@@ -26,6 +27,7 @@ from tqdm import tqdm
 
 from common.checkpoints import clean, label, newest, prune, sync, whole_folder, write_atomically, writing
 from common.data import encode_prompts, load_train_and_eval
+from common.distributed import everyone, rank, size, split_like, total, whole
 from common.errors import BadInput
 from common.evaluate import describe, evaluate
 from common.flags import read_config
@@ -40,7 +42,7 @@ class Run:
     def __init__(self, cfg, name: str):
         self.cfg, self.name, self.seconds, self.notes = cfg, name, {}, set()
         self.first, self.checkpoint, self.stopping, self.parts = 0, None, False, {}
-        self.folder = pathlib.Path(cfg.resume or cfg.output or self.free_folder(name))
+        self.folder = pathlib.Path(everyone(cfg.resume or cfg.output or str(self.free_folder(name)))[0])
         if not cfg.resume and self.folder.exists() and (
                 not self.folder.is_dir() or any(path.suffix != ".tmp" for path in self.folder.iterdir())):
             raise BadInput(f"--output {self.folder}: holds something already; take another folder, or --resume {self.folder}")
@@ -72,7 +74,10 @@ class Run:
         self.parts[name] = part
         if self.checkpoint:
             try:
-                part.load_state_dict(torch.load(self.checkpoint / f"{name}.pt", map_location="cpu", weights_only=True))
+                saved = torch.load(self.checkpoint / f"{name}.pt", map_location="cpu", weights_only=True)
+                now = part.state_dict()
+                part.load_state_dict({key: split_like(value, now[key]) if torch.is_tensor(value) and key in now else value
+                                      for key, value in saved.items()})
             except Exception as error:  # a stranger's file fails in any way it likes
                 reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
                 raise BadInput(f"{self.checkpoint}/{name}.pt does not fit this run: {reason[0][:200]}") from error
@@ -80,9 +85,10 @@ class Run:
 
     def begin(self) -> None:
         """Makes the folder, or brings an old one back to its checkpoint: rows of steps that will be done again are dropped."""
-        with writing(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            clean(self.folder)
+        if rank() == 0:
+            with writing(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                clean(self.folder)
         self.write("config.json", json.dumps({
             "script": self.name, "flags": {**vars(self.cfg), "resume": None, "output": str(self.folder)},
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__,
@@ -95,8 +101,9 @@ class Run:
         self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def write(self, name: str, text: str) -> None:
-        with writing(self.folder):
-            write_atomically(self.folder / name, text)
+        if rank() == 0:
+            with writing(self.folder):
+                write_atomically(self.folder / name, text)
 
     def steps(self):
         """Yields the steps that remain, 0-based. The folder is made here: what a script checks before leaves nothing behind."""
@@ -106,7 +113,8 @@ class Run:
             self.measure("before")
         self.started = time.time()
         previous = {s: signal.signal(s, self.ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
-        self.bar = tqdm(total=cfg.steps, initial=self.first, desc=self.name, unit="step", dynamic_ncols=True)
+        self.bar = tqdm(total=cfg.steps, initial=self.first, desc=self.name, unit="step", dynamic_ncols=True,
+                        disable=rank() > 0)
         try:
             for step in range(self.first, cfg.steps):
                 self.step, self.seconds, self.updates = step, {}, self.count_updates()
@@ -115,6 +123,7 @@ class Run:
                 self.bar.update()
                 bad = [row for row in self.rows[-5:] if row.get("skipped") or math.isnan(row.get("entropy", 0.0))]
                 stuck = len(bad) == 5
+                self.stopping = total(int(self.stopping)) > 0  # a signal may have reached one rank before the other
                 if self.stopping or stuck or (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
                     self.save(step + 1)
                 if stuck:
@@ -160,7 +169,7 @@ class Run:
         lower = {"training": f"--micro-batch-tokens {now}", "evaluating": "--eval-k or --max-new-tokens"}
         error = BadInput(f"out of memory while {part}: lower {lower.get(part, '--group-size or --max-new-tokens')}, "
                          f"then --resume {self.folder}")
-        if part == "training" and now > 1:
+        if part == "training" and now > 1 and size() == 1:
             if self.step > self.first and self.updates == self.count_updates():
                 self.save(self.step)
             error.retry = ["--resume", str(self.folder), "--micro-batch-tokens", str(now // 2)]
@@ -182,29 +191,39 @@ class Run:
         the updates of the step (names in _max: the largest). gaps: tensors of log-prob differences between the trainer and
         the sampler on the same weights and tokens, nats; their mean and largest size are logged.
         """
-        row = {"step": self.step + 1}
+        gap = torch.cat([gap.abs() for gap in gaps]) if gaps else torch.zeros(0)                # (N,)
+        row, ranks = {"step": self.step + 1}, everyone({
+            "rewards": None if rewards is None else rewards.tolist(), "lengths": rollout.lengths.tolist() if rollout else [],
+            "finished": rollout.finished.tolist() if rollout else [], "entropy": rollout.entropy.sum().item() if rollout else 0.0,
+            "parts": [{name: x for name, x in part.items() if rank() == 0 or not name.endswith("grad_norm")} for part in parts],
+            "gap": (gap.sum().item(), len(gap), gap.max().item() if len(gap) else 0.0), "peak": peak_bytes(), "values": values})
+        together = lambda name: [x for of in ranks for x in of[name] or ()]
         if rollout is not None:
-            tokens = int(rollout.lengths.sum())
-            if rewards is not None:
-                row |= {"reward": rewards.mean().item(),
-                        "no_signal": (rewards == rewards[:, :1]).all(1).float().mean().item()}
-            row |= {"length": tokens / len(rollout.lengths), "truncated": 1 - rollout.finished.float().mean().item(),
-                    "entropy": (rollout.entropy.sum() / max(1, tokens)).item(),
+            lengths, groups = together("lengths"), together("rewards")
+            answers, tokens = sum(length > 0 for length in lengths), sum(lengths)
+            if groups:
+                row |= {"reward": statistics.fmean(x for group in groups for x in group),
+                        "no_signal": statistics.fmean(min(group) == max(group) for group in groups)}
+            row |= {"length": tokens / answers, "truncated": 1 - sum(together("finished")) / answers,
+                    "entropy": sum(of["entropy"] for of in ranks) / max(1, tokens),
                     "tokens": tokens, "tokens_per_second": tokens / sum(self.seconds.values())}
-        updates = getattr(self.cfg, "updates_per_rollout", 1) * getattr(self.cfg, "ppo_epochs", 1)
+        updates, parts = getattr(self.cfg, "updates_per_rollout", 1) * getattr(self.cfg, "ppo_epochs", 1), together("parts")
         for name in sorted({name for part in parts for name in part}):
             found = [part[name] for part in parts if name in part]
             row[name] = max(found) if name.endswith("_max") else sum(found) / updates
         if "grad_norm" in row:
             row["skipped"] = sum(not math.isfinite(part.get("grad_norm", 0.0)) for part in parts)
-        if gaps:
-            gap = torch.cat(gaps).abs()
-            row |= {"gap_mean": gap.mean().item(), "gap_max": gap.max().item()}
-        row |= values | {f"seconds_{part}": s for part, s in self.seconds.items()} | {"peak_gb": peak_bytes() / 2**30}
+        gaps, counts, largest = zip(*(of["gap"] for of in ranks))
+        if sum(counts):
+            row |= {"gap_mean": sum(gaps) / sum(counts), "gap_max": max(largest)}
+        mean = lambda of: of[0] if all(x == of[0] for x in of) else statistics.fmean(of)
+        row |= {name: mean([of["values"][name] for of in ranks]) for name in values}
+        row |= {f"seconds_{part}": s for part, s in self.seconds.items()} | {"peak_gb": max(of["peak"] for of in ranks) / 2**30}
         row = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()}
         self.rows.append(row)
-        with writing(self.folder), open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
+        if rank() == 0:
+            with writing(self.folder), open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
         shown = {"reward": "reward", "loss": "loss", "length": "length", "entropy": "entropy", "tokens_per_second": "tok/s"}
         skipped = sum(row.get("skipped", 0) for row in self.rows)
         self.bar.set_postfix({short: f"{row[name]:.3g}" for name, short in shown.items() if name in row} | (
@@ -242,20 +261,25 @@ class Run:
         return result
 
     def save(self, step: int) -> None:
-        """A checkpoint after `step` steps; the last two stay."""
+        """A checkpoint after `step` steps, the same for any number of ranks; the last two stay."""
         folder = self.folder / "checkpoints" / f"step-{step:06}"
+        weights, states = whole_weights(self.model), {name: whole(part.state_dict()) for name, part in self.parts.items()}
+        if rank() > 0:
+            return
         with writing(self.folder), whole_folder(folder) as temporary:
             sync(self.folder / "metrics.jsonl")  # rows up to here are not made again
-            save_model(self.model, self.tokenizer, temporary / "model")
-            for name, part in self.parts.items():
-                torch.save(part.state_dict(), temporary / f"{name}.pt")
+            save_model(self.model, self.tokenizer, temporary / "model", weights)
+            for name, state in states.items():
+                torch.save(state, temporary / f"{name}.pt")
             label(temporary, self.name, step)
         prune(folder)
 
     def finish(self) -> None:
         """Evaluates, saves the model, draws curve.png, prints sample answers and where everything lies."""
-        with writing(self.folder), whole_folder(self.folder / "model") as temporary:
-            save_model(self.model, self.tokenizer, temporary)
+        weights = whole_weights(self.model)
+        if rank() == 0:
+            with writing(self.folder), whole_folder(self.folder / "model") as temporary:
+                save_model(self.model, self.tokenizer, temporary, weights)
         if self.held_out:
             result = self.measure("after")
             if "avg_at_k_before" in self.summary:
@@ -268,11 +292,15 @@ class Run:
         seconds = self.summary.get("seconds", 0) + time.time() - self.started
         self.summary |= {"seconds": round(seconds, 1), "steps": self.cfg.steps}
         self.write("summary.json", json.dumps(self.summary, indent=1))
+        if rank() > 0:
+            return
         with writing(self.folder):
             plot_run(self.folder)
         if self.cfg.merge and self.cfg.lora_rank:
             with writing(self.folder), whole_folder(self.folder / "merged") as temporary:
-                save_model(self.model.merge_and_unload(), self.tokenizer, temporary)
+                merged = self.model if size() == 1 else load_model(
+                    self.cfg.model, "cpu", self.cfg.dtype, self.cfg.lora_rank, str(self.folder / "model"), split=False)
+                save_model(merged.merge_and_unload(), self.tokenizer, temporary)
         print(f"\nmodel: {self.folder}/model   metrics: {self.folder}/metrics.jsonl   figure: {self.folder}/curve.png")
 
 
@@ -296,12 +324,13 @@ def start(cfg, name: str) -> Run:
     lm, first = causal_lm(run.model), run.train[0]
     weight = next(lm.parameters())
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    size = sum(p.numel() for p in lm.parameters())
-    print(f"model: {cfg.model}, {lm.config.model_type}, {size / 1e6:.2f} M parameters ({trained / 1e6:.2f} M trained), "
+    numel = sum(p.numel() for p in lm.parameters())
+    print(f"model: {cfg.model}, {lm.config.model_type}, {numel / 1e6:.2f} M parameters ({trained / 1e6:.2f} M trained), "
           f"{lm.config.num_hidden_layers} blocks, {weight.dtype} on {weight.device}, {torch.get_num_threads()} thread(s)")
     print(f"data:  {cfg.data}, {len(run.train)} problems to train on, {len(run.held_out)} held out")
     print(f"first prompt ({len(first['prompt'])} tokens): {run.tokenizer.decode(first['prompt'])!r} -> gold {first['answer']!r}")
-    rows, tokens = cfg.prompts_per_step * cfg.group_size, cfg.max_new_tokens + max(len(row["prompt"]) for row in run.train)
+    rows = cfg.prompts_per_step * cfg.group_size // size()
+    tokens = cfg.max_new_tokens + max(len(row["prompt"]) for row in run.train)
     plan = memory_plan(run.model, rows, tokens, cfg.micro_batch_tokens, max_rows_for(lm, tokens))
     scale, unit = (1, "GiB") if plan["peak"] >= 1 else (1024, "MiB")
     print(f"memory plan, {unit}: " + ", ".join(f"{part} {gib * scale:.1f}" for part, gib in plan.items() if gib))
@@ -310,9 +339,20 @@ def start(cfg, name: str) -> Run:
     return run
 
 
-def save_model(model, tokenizer, folder: pathlib.Path) -> None:
+def whole_weights(model) -> dict | None:
+    """What save_model writes if the weights are split over ranks, on the first one's CPU. Every rank must call it."""
+    if size() == 1:
+        return None
+    lm, adapters = causal_lm(model), hasattr(model, "peft_config")
+    kept = {name: weight for name, weight in model.state_dict().items()
+            if ("lora_" in name if adapters else name != "lm_head.weight" or not lm.config.tie_word_embeddings)}
+    weights = {name: whole(weight) for name, weight in kept.items()}
+    return weights if adapters or rank() > 0 else {name: weight.to(lm.narrow) for name, weight in weights.items()}
+
+
+def save_model(model, tokenizer, folder: pathlib.Path, weights: dict | None = None) -> None:
     """An ordinary save_pretrained folder (safetensors); adapters alone in peft's format when the model has them."""
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
+from common.distributed import everyone, gathered, rank, share, size
 from common.models import causal_lm, max_rows_for, stop_ids
 
 
@@ -139,12 +140,14 @@ def decode(model, prompts: list[list[int]], rows: torch.Tensor, max_new_tokens: 
 
 
 def sample(model, tokenizer, prompts: list[list[int]], n: int, max_new_tokens: int, temperature: float = 1.0,
-           top_p: float = 1.0, seed: int = 0, max_rows: int | None = None, repetition_penalty: float = 1.0) -> Rollout:
+           top_p: float = 1.0, seed: int = 0, max_rows: int | None = None, repetition_penalty: float = 1.0,
+           alone: bool = False) -> Rollout:
     """n answers to each prompt (a list of token ids), at most max_new_tokens tokens each, as one Rollout of P * n rows.
 
     temperature 0 is greedy. The same seed draws the same answers: every token of every row has a random number of its own, so
     neither max_rows, which bounds how many are decoded at once (default: what the memory holds), nor what other rows say
-    matters, but for the last bits of a matrix product, which depend on its size.
+    matters, but for the last bits of a matrix product, which depend on its size. On several ranks the prompts are taken for this
+    rank's share of a rollout (common/distributed.py), and get the answers they would get in one process; alone: for all of it.
     repetition_penalty > 1 divides positive and multiplies negative logits of tokens that the prompt or the answer holds already
     (CTRL, arXiv 1909.05858); like top_p it leaves logp and entropy those of the model.
     Raises ValueError for an empty prompt or for n, max_new_tokens < 1, temperature < 0, top_p outside (0, 1].
@@ -158,14 +161,16 @@ def sample(model, tokenizer, prompts: list[list[int]], n: int, max_new_tokens: i
     generator = torch.Generator().manual_seed(seed)
     stop = torch.tensor(stop_ids(causal_lm(model), tokenizer), device=device)
     owner = [p for p in range(len(prompts)) for _ in range(n)]                                              # row -> prompt
-    noise = torch.rand(len(owner), max_new_tokens, dtype=torch.float64, generator=generator)                # (B, T)
+    place = [p if alone else p * size() + rank() for p in range(len(prompts))]                              # in the whole
+    noise = torch.rand(place[-1] + 1, n, max_new_tokens, dtype=torch.float64, generator=generator)[place].flatten(0, 1)  # (B, T)
     max_rows = max_rows or max_rows_for(causal_lm(model), max(map(len, prompts)) + max_new_tokens)
     pieces = []
-    for start in range(0, len(owner), max_rows):
-        here = owner[start:start + max_rows]
-        rows = torch.tensor([p - here[0] for p in here], device=device)
-        pieces.append(decode(model, prompts[here[0]:here[-1] + 1], rows, max_new_tokens, temperature, top_p, stop,
-                             noise[start:start + max_rows].to(device), repetition_penalty))
+    with gathered(causal_lm(model)):
+        for start in range(0, len(owner), max_rows):
+            here = owner[start:start + max_rows]
+            rows = torch.tensor([p - here[0] for p in here], device=device)
+            pieces.append(decode(model, prompts[here[0]:here[-1] + 1], rows, max_new_tokens, temperature, top_p, stop,
+                                 noise[start:start + max_rows].to(device), repetition_penalty))
     tokens, logp, entropy, lengths, finished = (torch.cat(parts) for parts in zip(*pieces))
     model.train(was_training)
     T = int(lengths.max())
@@ -174,3 +179,11 @@ def sample(model, tokenizer, prompts: list[list[int]], n: int, max_new_tokens: i
     zero = ~mask.bool()
     return Rollout([prompts[p] for p in owner], tokens[:, :T].masked_fill(zero, 0), lengths, mask,
                    logp[:, :T].masked_fill(zero, 0), entropy[:, :T].masked_fill(zero, 0), finished, texts)
+
+
+def sample_texts(model, tokenizer, prompts: list[list[int]], n: int, *args, **kwargs) -> list[tuple[str, int, bool]]:
+    """sample() with the prompts split over the ranks -> (text, tokens, finished) of all P * n answers, on every rank."""
+    padded = prompts + prompts[-1:] * (-len(prompts) % size())
+    mine = sample(model, tokenizer, share(padded), n, *args, **kwargs)
+    found = everyone(list(zip(mine.texts, mine.lengths.tolist(), mine.finished.tolist())))
+    return [answer for p in range(len(prompts)) for answer in found[p % size()][p // size() * n:(p // size() + 1) * n]]

@@ -14,6 +14,7 @@ import torch
 
 from common.checkpoints import writing
 from common.data import encode_prompt, read_rows
+from common.distributed import rank
 from common.errors import BadInput
 from common.sampling import Rollout
 
@@ -74,16 +75,18 @@ def collect(path: pathlib.Path, lines: list[bytes], problems: list[dict], size: 
     yield from map(json.loads, lines)
     if len(lines) == len(problems):
         return
-    with writing(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        os.truncate(path, sum(len(line) + 1 for line in lines))
+    if rank() == 0:
+        with writing(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+            os.truncate(path, sum(len(line) + 1 for line in lines))
     for first in range(len(lines), len(problems), size):
         rows = draw(first, problems[first:first + size])
-        with writing(path.parent), open(path, "ab") as file:
-            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
-            file.flush()
-            os.fsync(file.fileno())
+        if rank() == 0:
+            with writing(path.parent), open(path, "ab") as file:
+                file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+                file.flush()
+                os.fsync(file.fileno())
         yield from rows
 
 
@@ -142,7 +145,7 @@ def encode_traces(tokenizer, traces: list[dict], system: str, thinking: bool, co
 def as_rollout(rows: list[dict], device) -> Rollout:
     """Encoded traces -> what the sampler hands over, so that the same functions serve. Log-probs and entropies are zero."""
     lengths = torch.tensor([len(row["response"]) for row in rows], device=device)                           # (B,)
-    T = int(lengths.max())
+    T = max(1, int(lengths.max()))
     tokens = torch.tensor([row["response"] + [0] * (T - len(row["response"])) for row in rows], device=device)  # (B, T)
     mask = (torch.arange(T, device=device) < lengths[:, None]).float()                                      # (B, T)
     return Rollout([row["prompt"] for row in rows], tokens, lengths, mask, mask * 0, mask * 0, lengths > 0, [""] * len(rows))

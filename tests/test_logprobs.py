@@ -108,7 +108,7 @@ def test_the_stop_token_is_trained():
 def test_score_is_response_logprobs_of_the_chosen_rows():
     model, rollout = random_model("llama"), rollout_of(PROMPTS, LENGTHS)
     plain, _ = response_logprobs(model, rollout, layer=1)
-    scored = score(model, rollout, torch.tensor([3, 0]), budget=7, layer=1)
+    scored = score(model, rollout, torch.tensor([True, False, False, True]), budget=7, layer=1)
     assert torch.allclose(scored[[0, 3]], plain[[0, 3]], atol=1e-5) and (scored[[1, 2]] == 0).all() and not scored.requires_grad
 
 
