@@ -68,6 +68,7 @@ class MasterAdamW:
                    for weight, master in zip(self.weights, self.masters)]
         return {"adamw": self.adamw.state_dict(), "masters": masters}
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
         """Takes whole tensors, also where the weights are split."""
         self.adamw.load_state_dict(state["adamw"])

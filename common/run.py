@@ -353,6 +353,9 @@ def whole_weights(model) -> dict | None:
 def save_model(model, tokenizer, folder: pathlib.Path, weights: dict | None = None) -> None:
     """An ordinary save_pretrained folder (safetensors); adapters alone in peft's format when the model has them."""
     model.save_pretrained(folder, state_dict=weights)
+    if weights and not hasattr(model, "peft_config"):  # split weights are float32, and transformers has written that
+        model.config.dtype = model.narrow
+        model.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
