@@ -120,11 +120,11 @@ def spread(values, digits=3) -> str:
     return "{:.{d}f} ({:.{d}f} to {:.{d}f})".format(statistics.fmean(values), min(values), max(values), d=digits)
 
 
-def paired(a, b) -> str:
+def paired(a, b, digits=3) -> str:
     """Mean difference a - b of paired seeds and its standard error."""
     differences = [x - y for x, y in zip(a, b)]
     error = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else float("nan")
-    return f"{statistics.fmean(differences):+.3f} ± {error:.3f}"
+    return f"{statistics.fmean(differences):+.{digits}f} ± {error:.{digits}f}"
 
 
 def smooth(rows, key, width=4) -> list[float]:

@@ -1,6 +1,6 @@
 """ATR-GRPO's claims on the embedded model: which gate, how wide -> docs/results/kl3_grpo.{json,md} and its figures.
 
-    python docs/kl3_results.py             # twelve arms, five paired seeds, two at a time: half an hour; finished runs are kept
+    python docs/kl3_results.py             # twelve arms, five paired seeds, two at a time: a quarter of an hour; finished runs are kept
 
 Every rollout is gone through four times (four updates), so that the policy leaves the one that sampled and gates act.
 """
@@ -102,13 +102,16 @@ def main():
                    "reward, mean of all steps"],
                   [[delta, *(paired(of(f"kl3 {delta}"), of(f"ratio {delta}")) for of in (
                       after, lambda n: last(n, "entropy"), equal, lambda n: whole(n, "reward")))] for delta in DELTAS])
-    bins = lambda name, b, key: statistics.fmean(p["bins"][b][key] for r in results[name] for p in r["probe"] if "bins" in p)
+    binned = lambda name, b, key: [statistics.fmean(p["bins"][b][key] for p in r["probe"] if "bins" in p) for r in results[name]]
+    bins = lambda name, b, key: statistics.fmean(binned(name, b, key))
     edges = [f"{low} to {high}" for low, high in zip(BINS, BINS[1:])]
     mass = table(["old probability", "share of tokens", *(f"{name}: {what}" for name in ("none", "ratio 0.2", "kl3 0.2")
-                                                          for what in ("outside", "change, A > 0", "A < 0"))],
+                                                          for what in ("outside", "change, A > 0", "A < 0")),
+                  "kl3 0.2 minus ratio 0.2: change, A > 0", "A < 0"],
                  [[edge, f"{bins('ratio 0.2', b, 'share'):.1%}",
                    *(text for name in ("none", "ratio 0.2", "kl3 0.2") for text in (
-                       f"{bins(name, b, 'outside'):.1%}", f"{bins(name, b, 'rise'):+.4f}", f"{bins(name, b, 'fall'):+.4f}"))]
+                       f"{bins(name, b, 'outside'):.1%}", f"{bins(name, b, 'rise'):+.4f}", f"{bins(name, b, 'fall'):+.4f}")),
+                   *(paired(binned("kl3 0.2", b, key), binned("ratio 0.2", b, key), 4) for key in ("rise", "fall"))]
                   for b, edge in enumerate(edges)])
     same = {name: [(row["reward"], row["length"], row.get("loss"), row.get("grad_norm")) for row in of[0]["rows"]]
             for name, of in once.items()}
@@ -157,7 +160,8 @@ def main():
             axis.errorbar(x + 0.15, statistics.fmean(differences), error, fmt="s", color="black", capsize=4)
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set_xticks(range(len(DELTAS)), DELTAS)
-        tidy(axis, f"{title}: KL3 minus ratio of the same width", "delta")
+        tidy(axis, title, "delta")
+    figure.suptitle("KL3 minus ratio of the same width: five paired seeds, mean with its standard error", fontsize=14)
     figure.savefig(out / "kl3_width.png", dpi=110)
 
 
