@@ -1,6 +1,6 @@
 """ATR-GRPO's claims on the embedded model: which gate, how wide -> docs/results/kl3_grpo.{json,md} and its figures.
 
-    python docs/kl3_results.py             # twelve arms, five paired seeds, two at a time: a quarter of an hour; finished runs are kept
+    python docs/kl3_results.py             # twelve arms, five paired seeds, two at a time: 15 minutes; finished runs are kept
 
 Every rollout is gone through four times (four updates), so that the policy leaves the one that sampled and gates act.
 """
