@@ -307,7 +307,7 @@ def main(argv=None):
     run = start(cfg, "ppo")
     model, optimizer = run.model, run.optimizer
     critic = run.attach("critic", build_critic(cfg, model))
-    critic_optimizer = run.attach("critic_optimizer", MasterAdamW(critic, cfg.critic_lr))
+    critic_optimizer = run.attach("critic_optimizer", MasterAdamW(critic, cfg.critic_lr, offload=cfg.offload_optimizer))
     reference = initial_model(cfg, model) if cfg.kl_coef else None
 
     for step in run.steps():

@@ -134,11 +134,13 @@ def stop_ids(model, tokenizer) -> list[int]:
     return sorted({i for i in [tokenizer.eos_token_id, *named] if i is not None})
 
 
-def memory_plan(model, rows: int, tokens: int, micro_batch_tokens: int, max_rows: int) -> dict[str, float]:
+def memory_plan(model, rows: int, tokens: int, micro_batch_tokens: int, max_rows: int, frozen: int = 0,
+                offload: bool = False) -> dict[str, float]:
     """GiB that a step will hold at its peak, by part. rows x tokens is a rollout, of which max_rows are decoded at once.
 
-    Weights, masters, gradients and moments stay; of the cache (sampling) and the activations (training) only the larger counts.
-    On N ranks it is the plan of each: all but the gathered weights in N parts.
+    Weights, masters, gradients and moments stay, and so do `frozen` more models (a reference); of the cache (sampling) and the
+    activations (training) only the larger counts.
+    On N ranks it is the plan of each: all but the gathered weights in N parts. offload: what the optimiser holds is on the CPU.
     """
     config, lm = model.config, causal_lm(model)
     numel = {p: p.numel() for p in lm.parameters()}
@@ -152,14 +154,19 @@ def memory_plan(model, rows: int, tokens: int, micro_batch_tokens: int, max_rows
     activation_token = config.num_hidden_layers * (config.hidden_size * item if checkpointed else block) + checkpointed * block
     plan = {
         "weights": sum(numel.values()) * item,
-        "float32 masters": 4 * trained / N if item < 4 or N > 1 else 0,
+        "reference": frozen * sum(numel.values()) * (item if N == 1 else 4 / N),
+        "float32 masters": 4 * trained / N if item < 4 or N > 1 or offload else 0,
         "gradients": 4 * trained / N,
         "Adam moments": 8 * trained / N,
-        "cache while sampling": cache_token * min(rows, max_rows) * tokens,
+        "cache and logits while sampling": min(rows, max_rows) * (cache_token * tokens + 20 * config.vocab_size),
         "activations": activation_token * min(micro_batch_tokens, rows * tokens),
         "logits chunk": 3 * 4 * min(1 << 27, config.vocab_size * micro_batch_tokens),
     }
-    plan["peak"] = sum(list(plan.values())[:4]) + max(plan["cache while sampling"], plan["activations"] + plan["logits chunk"])
+    if offload and next(lm.parameters()).device.type != "cpu":
+        held = [plan.pop(name) for name in ("float32 masters", "gradients", "Adam moments")]
+        print(f"in the CPU's memory, GiB: masters, gradients and moments {sum(held) / 2**30:.1f}")
+    *stay, sampling, activations, chunk = plan.values()
+    plan["peak"] = sum(stay) + max(sampling, activations + chunk)
     return {name: value / 2**30 for name, value in plan.items()}
 
 

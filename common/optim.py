@@ -12,13 +12,15 @@ class MasterAdamW:
 
     Gradients of bfloat16 weights are added up in float32 as each backward pass delivers them, so the number of micro-batches
     changes nothing but the last bits. A weight that got no gradient is left alone altogether: no decay, no step count. Weights
-    that are split over ranks (common/distributed.py) are float32 already.
+    that are split over ranks (common/distributed.py) are float32 already. With offload all masters, their gradients and moments
+    lie in the CPU's memory, and the update is made there: 16 bytes a weight less on the device, for time on the bus.
     .updates counts the updates made since the program began.
     """
 
-    def __init__(self, model, lr: float, weight_decay: float = 0.01):
+    def __init__(self, model, lr: float, weight_decay: float = 0.01, offload: bool = False):
         self.weights = [p for p in model.parameters() if p.requires_grad]
-        self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.weights]
+        self.masters = [p if p.dtype == torch.float32 and not offload else p.detach().to("cpu" if offload else p.device, torch.float32,
+                                                                                         copy=True) for p in self.weights]
         for weight, master in zip(self.weights, self.masters):
             if master is not weight:
                 weight.register_post_accumulate_grad_hook(self._collector(master))
@@ -28,7 +30,8 @@ class MasterAdamW:
     @staticmethod
     def _collector(master):
         def collect(weight):
-            master.grad = weight.grad.float() if master.grad is None else master.grad.add_(weight.grad)
+            grad = weight.grad.to(master.device, torch.float32)
+            master.grad = grad if master.grad is None else master.grad.add_(grad)
             weight.grad = None
         return collect
 

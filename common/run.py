@@ -306,6 +306,8 @@ class Run:
 
 def start(cfg, name: str) -> Run:
     """Checks and loads everything a run needs, prints what a reader should see before it begins -> Run. Raises BadInput."""
+    if cfg.offload_optimizer and size() > 1:
+        raise BadInput(f"--offload-optimizer: for one process; {size()} split the optimiser already")
     run = Run(cfg, name)
     torch.manual_seed(cfg.seed)  # only new adapters draw from it: everything later has generators of its own
     run.tokenizer = load_tokenizer(cfg.model)
@@ -319,7 +321,7 @@ def start(cfg, name: str) -> Run:
         raise BadInput(f"--max-new-tokens {cfg.max_new_tokens}: the model's context is {context} tokens, prompt included")
     prompts = (cfg.system, cfg.thinking, context - cfg.max_new_tokens)
     run.train, run.held_out = (encode_prompts(run.tokenizer, rows, *prompts) for rows in (train, held_out))
-    run.optimizer = run.attach("optimizer", MasterAdamW(run.model, cfg.lr))
+    run.optimizer = run.attach("optimizer", MasterAdamW(run.model, cfg.lr, offload=cfg.offload_optimizer))
     run.model.train()  # for gradient checkpointing; sampling switches to eval by itself
     lm, first = causal_lm(run.model), run.train[0]
     weight = next(lm.parameters())
@@ -331,7 +333,8 @@ def start(cfg, name: str) -> Run:
     print(f"first prompt ({len(first['prompt'])} tokens): {run.tokenizer.decode(first['prompt'])!r} -> gold {first['answer']!r}")
     rows = cfg.prompts_per_step * cfg.group_size // size()
     tokens = cfg.max_new_tokens + max(len(row["prompt"]) for row in run.train)
-    plan = memory_plan(run.model, rows, tokens, cfg.micro_batch_tokens, max_rows_for(lm, tokens))
+    frozen = int(getattr(cfg, "kl_coef", 0) > 0 and not cfg.lora_rank)
+    plan = memory_plan(run.model, rows, tokens, cfg.micro_batch_tokens, max_rows_for(lm, tokens), frozen, cfg.offload_optimizer)
     scale, unit = (1, "GiB") if plan["peak"] >= 1 else (1024, "MiB")
     print(f"memory plan, {unit}: " + ", ".join(f"{part} {gib * scale:.1f}" for part, gib in plan.items() if gib))
     if cfg.resume:

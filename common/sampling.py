@@ -80,7 +80,7 @@ def keep_top_p(logp: torch.Tensor, top_p: float) -> torch.Tensor:
 
 def pick(probs: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """The first token at which the running sum of probs (R, V), not necessarily normalised, exceeds u (R,) in [0, 1). -> (R,)"""
-    upto = probs.double().cumsum(-1)                                                                        # (R, V)
+    upto = probs.cumsum(-1, dtype=torch.float64)                                                            # (R, V)
     return torch.searchsorted(upto, u[:, None] * upto[:, -1:], right=True)[:, 0].clamp(max=probs.shape[-1] - 1)
 
 

@@ -133,6 +133,19 @@ def test_resume_gives_the_very_weights(script, flags, tmp_path, monkeypatch):
     assert [[row.get(k) for k in steady] for row in rows] == [[row.get(k) for k in steady] for row in whole]
 
 
+def test_an_optimizer_on_the_cpu_changes_nothing(tmp_path):
+    """On a CPU only the bookkeeping differs, so weights are equal to the bit; and a run goes on without it from the same checkpoint."""
+    flags = ["--advantage", "reinforce++", "--eval-problems", 0, "--group-size", 8]
+    rows = run(grpo, *flags, output=tmp_path / "plain")
+    assert any(row.get("grad_norm") for row in rows)
+    run(grpo, *flags, "--offload-optimizer", output=tmp_path / "offloaded")
+    run(grpo, *flags, "--offload-optimizer", "--steps", 1, output=tmp_path / "resumed")
+    grpo.main(["--resume", str(tmp_path / "resumed"), "--no-offload-optimizer", "--steps", "2"])
+    for other in ("offloaded", "resumed"):
+        a, b = weights(tmp_path / "plain"), weights(tmp_path / other)
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
 def test_lora(tmp_path):
     """Fresh adapters change nothing; only they train; peft alone loads what is saved; merged it is the same model; the reference of
     the KL is the base: after training its log-probs are those of the embedded model."""
