@@ -43,7 +43,7 @@ class Shared:
     eval_k: int = flag(8, "answers to each of them, at temperature 1", low=1)
     micro_batch_tokens: int = flag(1024, "tokens in one forward pass: lower it when memory runs out", real=16384, low=1)
     lora_rank: int = flag(0, "train adapters of this rank with peft instead of all weights; 0 trains all", low=0)
-    offload_optimizer: bool = flag(False, "keep float32 masters, gradients and Adam's moments in the CPU's memory: for small cards")
+    offload_optimizer: bool = flag(False, "keep float32 masters, gradients and Adam's moments on the CPU: for small cards")
     merge: bool = flag(False, "with --lora-rank: also write the merged model, an ordinary one, to <run>/merged")
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: str = flag("auto", "of the weights: float32 on a CPU, else bfloat16 with float32 masters",

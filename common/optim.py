@@ -19,8 +19,9 @@ class MasterAdamW:
 
     def __init__(self, model, lr: float, weight_decay: float = 0.01, offload: bool = False):
         self.weights = [p for p in model.parameters() if p.requires_grad]
-        self.masters = [p if p.dtype == torch.float32 and not offload else p.detach().to("cpu" if offload else p.device, torch.float32,
-                                                                                         copy=True) for p in self.weights]
+        own = lambda p: p.dtype == torch.float32 and not offload  # is its own master
+        place = lambda p: "cpu" if offload else p.device
+        self.masters = [p if own(p) else p.detach().to(place(p), torch.float32, copy=True) for p in self.weights]
         for weight, master in zip(self.weights, self.masters):
             if master is not weight:
                 weight.register_post_accumulate_grad_hook(self._collector(master))
