@@ -5,27 +5,10 @@
 import math
 import statistics
 
+import experiment as ex
 import matplotlib.pyplot as plt
 import torch
-from experiment import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    PURPLE,
-    ROOT,
-    SKY,
-    VERMILION,
-    arguments,
-    band,
-    paired,
-    runs,
-    smooth,
-    spread,
-    table,
-    tidy,
-    write,
-)
+from experiment import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION
 
 from common.data import encode_prompts, load_problems
 from common.internal_policy import boundaries, entropy_changes, hidden_states, rollout_view
@@ -118,44 +101,44 @@ def depth_table() -> str:
     found = {kind: ", ".join(f"{t} gives {l}" for t, l in boundaries(view[kind]).items()) for kind in ("entropy", "final_norm")}
     heads = ["block", "entropy of its policy, nats", "FFN change", "attention change", "size of H",
              "with the final norm: entropy", "FFN change"]
-    return table(heads, lines) + (
+    return ex.table(heads, lines) + (
         f"\nln V is {math.log(V):.3f}; the stream that enters block 1 has {view['entropy']['layer_in'][0]:.3f} nats. The "
         f"boundary by tolerance: as in the paper {found['entropy']}; with the final norm {found['final_norm']}.\n")
 
 
 def main():
-    args = arguments(__doc__, seeds=5)
-    results = runs("bupo", ARMS, args.seeds, args.workers)
+    args = ex.arguments(__doc__, seeds=5)
+    results = ex.runs("bupo", ARMS, args.seeds, args.workers)
     after = lambda name, key="avg_at_k_after": [r["summary"][key] for r in results[name]]
     at = lambda name, k: [r["summary"]["pass_at_after"][str(k)] for r in results[name]]
     last = lambda name, key: [statistics.fmean(row[key] for row in r["rows"][-4:]) for r in results[name]]
     heads = ["arm", "Avg@64", "minus GRPO, paired seeds", "BuPO minus it", "Pass@8", "Pass@64", "tokens", "entropy, last 4 steps",
              "most truncated in a step"]
-    arms = table(heads, [[
-        name, spread(after(name)), "" if name == "GRPO" else paired(after(name), after("GRPO")),
-        "" if name == "BuPO" else paired(after("BuPO"), after(name)), spread(at(name, 8)), spread(at(name, 64)),
-        f"{statistics.fmean(after(name, 'length_after')):.0f}", spread(last(name, "entropy")),
+    arms = ex.table(heads, [[
+        name, ex.spread(after(name)), "" if name == "GRPO" else ex.paired(after(name), after("GRPO")),
+        "" if name == "BuPO" else ex.paired(after("BuPO"), after(name)), ex.spread(at(name, 8)), ex.spread(at(name, 64)),
+        f"{statistics.fmean(after(name, 'length_after')):.0f}", ex.spread(last(name, "entropy")),
         f"{max(row['truncated'] for r in results[name] for row in r['rows']):.0%}"] for name in ARMS])
     probed = [name for name in ARMS if results[name][0]["probe"]]
     ends = lambda name, read: " to ".join(f"{statistics.fmean(read(r['probe'][i]) for r in results[name]):.3f}" for i in (0, -1))
-    inside = table(["arm", "perplexity of its own answers", "of fixed right answers", "cosine(H^5, H^8)", "cosine(H^2, H^8)",
+    inside = ex.table(["arm", "perplexity of its own answers", "of fixed right answers", "cosine(H^5, H^8)", "cosine(H^2, H^8)",
                     "entropy change of block 2", "of block 5", "of block 7"],
                    [[name, *(ends(name, read) for read in (
                        lambda p: p["ppl_own"], lambda p: p["ppl_fixed"], lambda p: p["cosine"][4][7], lambda p: p["cosine"][1][7],
                        *(lambda p, l=l: p["layer_change"][l - 1] for l in (2, 5, 7))))] for name in probed])
-    passes = table(["arm", *(f"Pass@{k}" for k in (1, 2, 4, 8, 16, 32, 64))],
+    passes = ex.table(["arm", *(f"Pass@{k}" for k in (1, 2, 4, 8, 16, 32, 64))],
                    [[name, *(f"{statistics.fmean(at(name, k)):.3f}" for k in (1, 2, 4, 8, 16, 32, 64))] for name in ARMS])
-    write("bupo", results, {"arms": arms, "inside": inside, "passes": passes, "depth": depth_table()})
+    ex.write("bupo", results, {"arms": arms, "inside": inside, "passes": passes, "depth": depth_table()})
 
-    out, titles = ROOT / "docs" / "results", {"reward": "share of answers right", "length": "tokens per answer",
+    out, titles = ex.ROOT / "docs" / "results", {"reward": "share of answers right", "length": "tokens per answer",
                                               "entropy": "entropy, nats per token"}
     figure, rows = plt.subplots(2, 3, figsize=(13, 7.6), constrained_layout=True)
     for axes, names in zip(rows, (list(ARMS)[:6], ["GRPO", *list(ARMS)[6:9], "BuPO"])):
         for axis, (key, title) in zip(axes, titles.items()):
             for name in names:
-                band(axis, [smooth(r["rows"], key) for r in results[name]], name, ARMS[name][2], ARMS[name][3],
+                ex.band(axis, [ex.smooth(r["rows"], key) for r in results[name]], name, ARMS[name][2], ARMS[name][3],
                      fill=ARMS[name][3] == "-")
-            tidy(axis, title, legend=key == "reward")
+            ex.tidy(axis, title, legend=key == "reward")
     figure.savefig(out / "bupo.png", dpi=110)
 
     figure, rows = plt.subplots(2, 3, figsize=(13, 7.6), constrained_layout=True)
@@ -164,23 +147,23 @@ def main():
         style = dict(label=name, color=own[2], style=own[3], fill=own[3] == "-")
         layer = int(name.split()[1]) if name.startswith("block") else BOUNDARY
         for axis, key in zip(rows[0], titles):
-            band(axis, [smooth(r["rows"], key) for r in of], **style)
+            ex.band(axis, [ex.smooth(r["rows"], key) for r in of], **style)
         steps = [p["step"] for p in of[0]["probe"]]
         for axis, read in zip(rows[1], (lambda p: p["ppl_own"], lambda p, l=layer: statistics.fmean(p["cosine"][l - 1][l:]),
                                         lambda p, l=layer: p["layer_change"][l - 1])):
-            band(axis, [[read(p) for p in r["probe"]] for r in of], x=steps, **style)
+            ex.band(axis, [[read(p) for p in r["probe"]] for r in of], x=steps, **style)
     for axis, title in zip(rows.flat, [*titles.values(), "perplexity of its own answers",
                                        "cosine of H^l with later blocks", "entropy change of block l, nats"]):
-        tidy(axis, title, legend=axis is rows[0][0])
+        ex.tidy(axis, title, legend=axis is rows[0][0])
     rows[1][0].set_ylim(1, 2)
     figure.savefig(out / "bupo_blocks.png", dpi=110)
 
     figure, axis = plt.subplots(figsize=(6.5, 4.4), constrained_layout=True)
     for name in list(ARMS)[:6]:
-        band(axis, [[r["summary"]["pass_at_after"][str(k)] for k in range(1, 65)] for r in results[name]], name, ARMS[name][2],
+        ex.band(axis, [[r["summary"]["pass_at_after"][str(k)] for k in range(1, 65)] for r in results[name]], name, ARMS[name][2],
              ARMS[name][3], fill=ARMS[name][3] == "-")
     axis.set_xscale("log", base=2)
-    tidy(axis, "Pass@k", "k answers", legend=True)
+    ex.tidy(axis, "Pass@k", "k answers", legend=True)
     figure.savefig(out / "bupo_pass.png", dpi=110)
 
 

@@ -5,24 +5,9 @@
 import statistics
 from collections import Counter
 
+import experiment as ex
 import matplotlib.pyplot as plt
-from experiment import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    PURPLE,
-    ROOT,
-    VERMILION,
-    arguments,
-    band,
-    paired,
-    runs,
-    spread,
-    table,
-    tidy,
-    write,
-)
+from experiment import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILION
 
 from common.evaluate import evaluate
 from common.models import load_model, load_tokenizer
@@ -101,14 +86,14 @@ def stopped(result, share) -> float:
 
 
 def main():
-    args = arguments(__doc__, seeds=8)
-    results = runs("em", FIRST, args.seeds, args.workers)
-    results |= runs("em", THEN, args.seeds, args.workers) | runs("em", BASE, 1, args.workers)
+    args = ex.arguments(__doc__, seeds=8)
+    results = ex.runs("em", FIRST, args.seeds, args.workers)
+    results |= ex.runs("em", THEN, args.seeds, args.workers) | ex.runs("em", BASE, 1, args.workers)
     after_ = lambda name: [r["summary"]["avg_at_k_after"] for r in results[name]]
     names = [name for name in (*FIRST, *THEN) if name != "base"]
     before = results["EM"][0]["summary"]["avg_at_k_before"]
-    arms = table(["arm", "accuracy after", "minus EM, paired seeds", "Pass@8", "tokens"],
-                 [[name, spread(after_(name)), "" if name == "EM" else paired(after_(name), after_("EM")),
+    arms = ex.table(["arm", "accuracy after", "minus EM, paired seeds", "Pass@8", "tokens"],
+                 [[name, ex.spread(after_(name)), "" if name == "EM" else ex.paired(after_(name), after_("EM")),
                    f"{statistics.fmean(r['summary']['pass_at_after']['8'] for r in results[name]):.3f}",
                    f"{statistics.fmean(r['summary']['length_after'] for r in results[name]):.0f}"] for name in names])
     arms += f"\nBefore: {before:.3f}. Accuracy: Avg@8 at temperature 1 on 128 held-out problems, mean (lowest to highest seed).\n"
@@ -116,8 +101,8 @@ def main():
     long = results["EM 40 updates"]
     steps = [p["step"] for p in long[0]["probe"]]
     mean = lambda key, i: statistics.fmean(r["probe"][i][key] for r in long)
-    course = table(["updates", "accuracy", "lowest and highest seed", "parsed", "accuracy of the parsed", "tokens", "agreement",
-                    "loss"],
+    course = ex.table(["updates", "accuracy", "lowest and highest seed", "parsed", "accuracy of the parsed", "tokens",
+                    "agreement", "loss"],
                    [[step, f"{mean('accuracy', i):.3f}", "{:.3f}, {:.3f}".format(*(f(r["probe"][i]["accuracy"] for r in long)
                                                                                   for f in (min, max))),
                      f"{mean('parsed', i):.3f}", f"{mean('accuracy_parsed', i):.3f}", f"{mean('length', i):.0f}",
@@ -130,56 +115,57 @@ def main():
     for votes, r in (([p["agreement"] for p in r["probe"]], r) for r in long):
         fall = next((i for i in range(1, len(steps)) if votes[i] < votes[i - 1]), len(steps) - 1)
         first_fall.append(r["probe"][fall]["accuracy"])
-    stops = table(["rule", "accuracy where it stops", "below the seed's peak"],
-                  [["the peak itself (needs labels)", spread(peak), ""], ["10 updates", spread(at10), paired(peak, at10)],
-                   *([f"entropy below {share} of its start", spread([stopped(r, share) for r in long]),
-                      paired(peak, [stopped(r, share) for r in long])] for share in STOPS),
-                   ["agreement of answers falls", spread(first_fall), paired(peak, first_fall)]])
+    stops = ex.table(["rule", "accuracy where it stops", "below the seed's peak"],
+                  [["the peak itself (needs labels)", ex.spread(peak), ""],
+                   ["10 updates", ex.spread(at10), ex.paired(peak, at10)],
+                   *([f"entropy below {share} of its start", ex.spread([stopped(r, share) for r in long]),
+                      ex.paired(peak, [stopped(r, share) for r in long])] for share in STOPS),
+                   ["agreement of answers falls", ex.spread(first_fall), ex.paired(peak, first_fall)]])
 
     four = ["base", "EM", "GRPO", "EM, then GRPO"]
-    heat = table(["temperature of the evaluation", *four],
-                 [[T if T else "greedy", *(spread([r["after"]["temperatures"][str(T)]["accuracy"] for r in results[name]])
+    heat = ex.table(["temperature of the evaluation", *four],
+                 [[T if T else "greedy", *(ex.spread([r["after"]["temperatures"][str(T)]["accuracy"] for r in results[name]])
                                            for name in four)] for T in TEMPERATURES])
-    form = table(["at temperature 1", "accuracy", "parsed", "accuracy of the parsed", "tokens"],
+    form = ex.table(["at temperature 1", "accuracy", "parsed", "accuracy of the parsed", "tokens"],
                  [[name, *(f"{statistics.fmean(r['after']['temperatures']['1.0'][key] for r in results[name]):.3f}"
                            for key in ("accuracy", "parsed", "accuracy_parsed", "length"))] for name in four])
-    of = lambda name, which, key: spread([r["after"]["logits"][which][key] for r in results[name]], 2)
-    logits = table(["model", "all logits: mean", "std", "skewness", "50 largest / 0.6: mean", "std", "skewness"],
+    of = lambda name, which, key: ex.spread([r["after"]["logits"][which][key] for r in results[name]], 2)
+    logits = ex.table(["model", "all logits: mean", "std", "skewness", "50 largest / 0.6: mean", "std", "skewness"],
                    [[name, *(of(name, which, key) for which in ("raw", "top_k") for key in ("mean", "std", "skewness"))]
                     for name in four])
     skewness = lambda name, which: [r["after"]["logits"][which]["skewness"] for r in results[name]]
     greedy = lambda name: [r["after"]["temperatures"]["0.0"]["accuracy"] for r in results[name]]
     every = lambda values: values * args.seeds  # the one base for all seeds
-    pairs = table(["difference, paired by seed", "mean and its standard error"], [
-        ["accuracy: EM minus before", paired(after_("EM"), every([before]))],
-        ["EM, then GRPO minus GRPO", paired(after_("EM, then GRPO"), after_("GRPO"))],
-        ["GRPO, then EM minus GRPO", paired(after_("GRPO, then EM"), after_("GRPO"))],
+    pairs = ex.table(["difference, paired by seed", "mean and its standard error"], [
+        ["accuracy: EM minus before", ex.paired(after_("EM"), every([before]))],
+        ["EM, then GRPO minus GRPO", ex.paired(after_("EM, then GRPO"), after_("GRPO"))],
+        ["GRPO, then EM minus GRPO", ex.paired(after_("GRPO, then EM"), after_("GRPO"))],
         ["accuracy after 15 updates minus after 40",
-         paired(*([p["accuracy"] for r in long for p in r["probe"] if p["step"] == step] for step in (15, 40)))],
-        ["greedy accuracy: EM minus before", paired(greedy("EM"), every(greedy("base")))],
-        *([f"skewness of {what}: {name} minus before", paired(skewness(name, which), every(skewness("base", which)))]
+         ex.paired(*([p["accuracy"] for r in long for p in r["probe"] if p["step"] == step] for step in (15, 40)))],
+        ["greedy accuracy: EM minus before", ex.paired(greedy("EM"), every(greedy("base")))],
+        *([f"skewness of {what}: {name} minus before", ex.paired(skewness(name, which), every(skewness("base", which)))]
           for name in ("EM", "GRPO") for which, what in (("raw", "all logits"), ("top_k", "the 50 largest")))])
-    write("entropy_min", results, {"arms": arms, "pairs": pairs, "course": course, "stops": stops, "heat": heat,
+    ex.write("entropy_min", results, {"arms": arms, "pairs": pairs, "course": course, "stops": stops, "heat": heat,
                                     "form": form, "logits": logits})
 
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.4), constrained_layout=True)
-    band(axes[0], [[p["accuracy"] for p in r["probe"]] for r in long], "accuracy, held-out", BLUE, x=steps)
-    band(axes[0], [[p["agreement"] for p in r["probe"]] for r in long], "agreement with the majority", GREEN, "--", x=steps)
+    ex.band(axes[0], [[p["accuracy"] for p in r["probe"]] for r in long], "accuracy, held-out", BLUE, x=steps)
+    ex.band(axes[0], [[p["agreement"] for p in r["probe"]] for r in long], "agreement with the majority", GREEN, "--", x=steps)
     entropies = [[row["entropy"] / r["rows"][0]["entropy"] for row in r["rows"]] for r in long]
-    band(axes[0], entropies, "entropy / its start", GREY, ":")
-    tidy(axes[0], "one problem, 40 updates, eight seeds", "updates", legend=True)
+    ex.band(axes[0], entropies, "entropy / its start", GREY, ":")
+    ex.tidy(axes[0], "one problem, 40 updates, eight seeds", "updates", legend=True)
     for name, color, style in zip(four, (GREY, BLUE, VERMILION, PURPLE), ("-", "--", "-.", ":")):
         curves = [[r["after"]["temperatures"][str(T)]["accuracy"] for T in TEMPERATURES] for r in results[name]]
-        band(axes[1], curves, name, color, style, x=TEMPERATURES)
-    tidy(axes[1], "accuracy by sampling temperature", "temperature", legend=True)
+        ex.band(axes[1], curves, name, color, style, x=TEMPERATURES)
+    ex.tidy(axes[1], "accuracy by sampling temperature", "temperature", legend=True)
     order = [name for name in names if name in FIRST and name not in ("GRPO", "EM 40 updates")]
     for y, name in enumerate(reversed(order)):
         axes[2].plot(after_(name), [y] * args.seeds, "o", color=ORANGE if name == "EM" else BLUE, alpha=0.5)
         axes[2].plot(statistics.fmean(after_(name)), y, "|", color="black", markersize=16)
     axes[2].axvline(before, color=GREY, linestyle=":")
     axes[2].set_yticks(range(len(order)), list(reversed(order)))
-    tidy(axes[2], "each seed (dotted: before)", "accuracy after")
-    figure.savefig(ROOT / "docs" / "results" / "entropy_min.png", dpi=110)
+    ex.tidy(axes[2], "each seed (dotted: before)", "accuracy after")
+    figure.savefig(ex.ROOT / "docs" / "results" / "entropy_min.png", dpi=110)
 
 
 if __name__ == "__main__":

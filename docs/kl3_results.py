@@ -7,27 +7,11 @@ Every rollout is gone through four times (four updates), so that the policy leav
 import math
 import statistics
 
+import experiment as ex
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from experiment import (
-    BLUE,
-    GREEN,
-    GREY,
-    PURPLE,
-    ROOT,
-    SKY,
-    VERMILION,
-    arguments,
-    band,
-    paired,
-    runs,
-    smooth,
-    spread,
-    table,
-    tidy,
-    write,
-)
+from experiment import BLUE, GREEN, GREY, PURPLE, SKY, VERMILION
 
 from common.logprobs import response_logprobs
 from kl3_grpo import clip_range, group_advantages
@@ -77,51 +61,51 @@ ONCE = {f"{measure}, one update": ("kl3_grpo.py", f"{SIZE} --steps 6 --eval-prob
 
 def at_accuracy(result, goal=0.5) -> float:
     """Entropy (mean of four steps) when the training reward (mean of four steps) first reaches the goal; the last if never."""
-    rewards, entropies = (smooth(result["rows"], key) for key in ("reward", "entropy"))
+    rewards, entropies = (ex.smooth(result["rows"], key) for key in ("reward", "entropy"))
     return next((e for r, e in zip(rewards[3:], entropies[3:]) if r >= goal), entropies[-1])
 
 
 def main():
-    args = arguments(__doc__, seeds=5)
-    once = runs("kl3", ONCE, 1, args.workers)
-    results = runs("kl3", ARMS, args.seeds, args.workers, probe=probe, every=2)
+    args = ex.arguments(__doc__, seeds=5)
+    once = ex.runs("kl3", ONCE, 1, args.workers)
+    results = ex.runs("kl3", ARMS, args.seeds, args.workers, probe=probe, every=2)
     after = lambda name, key="avg_at_k_after": [r["summary"][key] for r in results[name]]
     last = lambda name, key, n=4: [statistics.fmean(row[key] for row in r["rows"][-n:]) for r in results[name]]
     whole = lambda name, key: [statistics.fmean(row.get(key, 0.0) for row in r["rows"]) for r in results[name]]
     equal = lambda name: [at_accuracy(r) for r in results[name]]
     largest = lambda name: [max(row.get("ratio_max", 0.0) for row in r["rows"]) for r in results[name]]
-    arms = table(["gate", "window of the ratio", "accuracy", "minus ratio 0.02, paired", "Pass@16", "entropy, last 4 steps",
+    arms = ex.table(["gate", "window of the ratio", "accuracy", "minus ratio 0.02, paired", "Pass@16", "entropy, last 4 steps",
                   "entropy when reward reaches 0.5", "cut for A > 0", "cut for A < 0", "mean KL3", "largest ratio"],
-                 [[name, window_of(name), spread(after(name)),
-                   "" if name == "ratio 0.02" else paired(after(name), after("ratio 0.02")),
+                 [[name, window_of(name), ex.spread(after(name)),
+                   "" if name == "ratio 0.02" else ex.paired(after(name), after("ratio 0.02")),
                    f"{statistics.fmean(r['summary']['pass_at_after']['16'] for r in results[name]):.3f}",
-                   spread(last(name, "entropy")), spread(equal(name)),
+                   ex.spread(last(name, "entropy")), ex.spread(equal(name)),
                    *(f"{statistics.fmean(whole(name, key)):.2%}" for key in ("clip_up", "clip_down")),
                    f"{statistics.fmean(whole(name, 'kl3')):.4f}", f"{statistics.fmean(largest(name)):.1f}"] for name in ARMS])
-    width = table(["delta", "accuracy: kl3 minus ratio of the same width", "entropy at the last steps", "entropy at equal reward",
-                   "reward, mean of all steps"],
-                  [[delta, *(paired(of(f"kl3 {delta}"), of(f"ratio {delta}")) for of in (
+    width = ex.table(["delta", "accuracy: kl3 minus ratio of the same width", "entropy at the last steps",
+                   "entropy at equal reward", "reward, mean of all steps"],
+                  [[delta, *(ex.paired(of(f"kl3 {delta}"), of(f"ratio {delta}")) for of in (
                       after, lambda n: last(n, "entropy"), equal, lambda n: whole(n, "reward")))] for delta in DELTAS])
     binned = lambda name, b, key: [statistics.fmean(p["bins"][b][key] for p in r["probe"] if "bins" in p) for r in results[name]]
     bins = lambda name, b, key: statistics.fmean(binned(name, b, key))
     edges = [f"{low} to {high}" for low, high in zip(BINS, BINS[1:])]
-    mass = table(["old probability", "share of tokens", *(f"{name}: {what}" for name in ("none", "ratio 0.2", "kl3 0.2")
+    mass = ex.table(["old probability", "share of tokens", *(f"{name}: {what}" for name in ("none", "ratio 0.2", "kl3 0.2")
                                                           for what in ("outside", "change, A > 0", "A < 0")),
                   "kl3 0.2 minus ratio 0.2: change, A > 0", "A < 0"],
                  [[edge, f"{bins('ratio 0.2', b, 'share'):.1%}",
                    *(text for name in ("none", "ratio 0.2", "kl3 0.2") for text in (
                        f"{bins(name, b, 'outside'):.1%}", f"{bins(name, b, 'rise'):+.4f}", f"{bins(name, b, 'fall'):+.4f}")),
-                   *(paired(binned("kl3 0.2", b, key), binned("ratio 0.2", b, key), 4) for key in ("rise", "fall"))]
+                   *(ex.paired(binned("kl3 0.2", b, key), binned("ratio 0.2", b, key), 4) for key in ("rise", "fall"))]
                   for b, edge in enumerate(edges)])
     same = {name: [(row["reward"], row["length"], row.get("loss"), row.get("grad_norm")) for row in of[0]["rows"]]
             for name, of in once.items()}
     reference = next(iter(same.values()))
-    single = table(["gate", "rewards, lengths, losses and gradient norms of six steps"],
+    single = ex.table(["gate", "rewards, lengths, losses and gradient norms of six steps"],
                    [[name, "equal to the first line in every digit" if of == reference else "different"]
                     for name, of in same.items()])
-    write("kl3_grpo", results, {"arms": arms, "width": width, "mass": mass, "once": single})
+    ex.write("kl3_grpo", results, {"arms": arms, "width": width, "mass": mass, "once": single})
 
-    out = ROOT / "docs" / "results"
+    out = ex.ROOT / "docs" / "results"
     figure, axes = plt.subplots(1, 2, figsize=(13, 4.4), constrained_layout=True)
     w = np.linspace(0.3, 2.2, 400)
     for name, color, f in (("KL3: w - 1 - log w", VERMILION, w - 1 - np.log(w)), ("KL2: (log w)² / 2", GREEN, np.log(w) ** 2 / 2),
@@ -130,7 +114,7 @@ def main():
     for delta in DELTAS:
         axes[0].axhline(delta, color="black", linewidth=0.8, linestyle=":")
     axes[0].set_ylim(0, 0.4)
-    tidy(axes[0], "what is held below delta (dotted: four deltas)", "ratio w = new / old probability", legend=True)
+    ex.tidy(axes[0], "what is held below delta (dotted: four deltas)", "ratio w = new / old probability", legend=True)
     looks = {"kl3": VERMILION, "kl2": GREEN, "ratio": BLUE, "abs_kl1": GREY, "kl1": GREY}
     for y, (measure, color) in enumerate(reversed(looks.items())):
         for delta, height in ((0.2, 0.16), (0.02, 0.34)):
@@ -139,15 +123,15 @@ def main():
     axes[1].barh(-1, 0.48, left=0.8, height=0.34, color=SKY)
     axes[1].axvline(1, color="black", linewidth=0.8)
     axes[1].set_yticks(range(-1, 5), ["clip-higher", *reversed(looks)])
-    tidy(axes[1], "the windows: delta 0.02 (thick) and 0.2 (thin)", "ratio w")
+    ex.tidy(axes[1], "the windows: delta 0.02 (thick) and 0.2 (thin)", "ratio w")
     figure.savefig(out / "kl3_windows.png", dpi=110)
 
     figure, rows = plt.subplots(2, 2, figsize=(12, 7.6), constrained_layout=True)
     for axes, names in zip(rows, (list(ARMS)[:6], [f"{m} {d}" for d in DELTAS[1:] for m in ("ratio", "kl3")])):
         for axis, key, title in zip(axes, ("reward", "entropy"), ("share of answers right", "entropy, nats per token")):
             for name in names:
-                band(axis, [smooth(r["rows"], key) for r in results[name]], name, ARMS[name][2], ARMS[name][3], fill=False)
-            tidy(axis, title, legend=key == "reward")
+                ex.band(axis, [ex.smooth(r["rows"], key) for r in results[name]], name, ARMS[name][2], ARMS[name][3], fill=False)
+            ex.tidy(axis, title, legend=key == "reward")
     figure.savefig(out / "kl3_curves.png", dpi=110)
 
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), constrained_layout=True)
@@ -160,7 +144,7 @@ def main():
             axis.errorbar(x + 0.15, statistics.fmean(differences), error, fmt="s", color="black", capsize=4)
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set_xticks(range(len(DELTAS)), DELTAS)
-        tidy(axis, title, "delta")
+        ex.tidy(axis, title, "delta")
     figure.suptitle("KL3 minus ratio of the same width: five paired seeds, mean with its standard error", fontsize=14)
     figure.savefig(out / "kl3_width.png", dpi=110)
 
