@@ -321,7 +321,7 @@ def main(argv=None):
                 parts.append({"loss": loss.item()})
             parts.append({"grad_norm": optimizer.step(max_norm=1.0)})
         seen = run.rows[-1]["tokens_seen"] if run.rows else 0
-        run.log(rollout, parts=parts, tokens_seen=seen + tokens, lr=lr)
+        run.log(rollout[rollout.lengths.nonzero()[:, 0]], parts=parts, tokens_seen=seen + tokens, lr=lr)
     run.finish()
     for when in ("before", "after"):
         if f"reflection_{when}" in run.summary:

@@ -200,7 +200,7 @@ class Run:
         together = lambda name: [x for of in ranks for x in of[name] or ()]
         if rollout is not None:
             lengths, groups = together("lengths"), together("rewards")
-            answers, tokens = sum(length > 0 for length in lengths), sum(lengths)
+            answers, tokens = len(lengths), sum(lengths)
             if groups:
                 row |= {"reward": statistics.fmean(x for group in groups for x in group),
                         "no_signal": statistics.fmean(min(group) == max(group) for group in groups)}

@@ -223,7 +223,7 @@ def test_newer_checkpoint(cut, capsys):
     """Not passed over: going back and writing over the work of newer code is not for this one to decide."""
     relabel(cut, format=checkpoints.FORMAT + 1)
     before = sorted((path, path.stat().st_mtime_ns) for path in cut.rglob("*"))
-    fails(capsys, lambda: grpo.main(["--resume", str(cut)]), "newer version of this code (format 2; this one reads 1)")
+    fails(capsys, lambda: grpo.main(["--resume", str(cut)]), "newer version of this code (format 3; this one reads 2)")
     assert sorted((path, path.stat().st_mtime_ns) for path in cut.rglob("*")) == before
 
 
