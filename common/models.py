@@ -140,7 +140,8 @@ def memory_plan(model, rows: int, tokens: int, micro_batch_tokens: int, max_rows
 
     Weights, masters, gradients and moments stay, and so do `frozen` more models (a reference); of the cache (sampling) and the
     activations (training) only the larger counts.
-    On N ranks it is the plan of each: all but the gathered weights in N parts. offload: what the optimiser holds is on the CPU.
+    On N ranks it is the plan of each: all in N parts, but for weights while they are gathered. offload: what the optimiser
+    holds is on the CPU.
     """
     config, lm = model.config, causal_lm(model)
     numel = {p: p.numel() for p in lm.parameters()}
@@ -155,6 +156,7 @@ def memory_plan(model, rows: int, tokens: int, micro_batch_tokens: int, max_rows
     plan = {
         "weights": sum(numel.values()) * item,
         "reference": frozen * sum(numel.values()) * (item if N == 1 else 4 / N),
+        "frozen weights at rest": (sum(numel.values()) - trained) * item / N if N > 1 else 0,
         "float32 masters": 4 * trained / N if item < 4 or N > 1 or offload else 0,
         "gradients": 4 * trained / N,
         "Adam moments": 8 * trained / N,
@@ -165,8 +167,10 @@ def memory_plan(model, rows: int, tokens: int, micro_batch_tokens: int, max_rows
     if offload and next(lm.parameters()).device.type != "cpu":
         held = [plan.pop(name) for name in ("float32 masters", "gradients", "Adam moments")]
         print(f"in the CPU's memory, GiB: masters, gradients and moments {sum(held) / 2**30:.1f}")
-    *stay, sampling, activations, chunk = plan.values()
-    plan["peak"] = sum(stay) + max(sampling, activations + chunk)
+    weights, *stay, sampling, activations, chunk = plan.values()
+    of_block = sum(numel[p] for p in lm.model.layers[0].parameters()) * item
+    in_training = weights if N == 1 else weights - (config.num_hidden_layers - 2) * of_block  # a block and the next are gathered
+    plan["peak"] = sum(stay) + max(weights + sampling, in_training + activations + chunk)
     return {name: value / 2**30 for name, value in plan.items()}
 
 
