@@ -1,0 +1,153 @@
+"""On a GPU, at Qwen3-4B's shapes with random weights: is it right, how fast, how near to what the card can do, how much memory?
+
+    python tests/benchmarks/gpu.py                    # eight minutes on an 80 GB card; prints Markdown
+    python tests/benchmarks/gpu.py --toy              # the same code on anything, in seconds: numbers without meaning
+
+Correct: log-probs and entropies of a small model on the card, float32 and bfloat16, against float32 on the CPU, and the sampler's against
+the trainer's. Decoding: tokens/s of common/sampling.py, of model.generate and of transformers' continuous batching, against the
+floor (weights and cache read once a step, at the measured copy rate). Training: tokens/s and the share of the measured bfloat16
+matmul rate, 6 FLOPs a weight and token and 8 with blocks computed twice. Memory: the plan against the measured peak.
+"""
+import argparse
+import platform
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from common.logprobs import micro_batches, response_logprobs  # noqa: E402
+from common.models import TINY, load_tokenizer, max_rows_for, memory_plan  # noqa: E402
+from common.optim import MasterAdamW  # noqa: E402
+from common.sampling import sample  # noqa: E402
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+PROMPT = list(range(5, 69))  # 64 tokens; what they are does not matter
+
+
+def build(hidden: int, inner: int, blocks: int, heads: int, vocab: int, dtype, device=DEVICE, seed: int = 0):
+    torch.manual_seed(seed)
+    config = Qwen3Config(vocab_size=vocab, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=blocks, head_dim=128,
+                         num_attention_heads=heads, num_key_value_heads=max(1, heads // 4), tie_word_embeddings=True,
+                         max_position_embeddings=8192, eos_token_id=None, bos_token_id=None, pad_token_id=0)
+    model = Qwen3ForCausalLM._from_config(config, dtype=dtype, attn_implementation="sdpa").to(device).eval()
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
+    return model
+
+
+def seconds(work, rounds: int = 3) -> float:
+    """The median of several rounds, the card waited for; one before to warm up."""
+    times = []
+    for _ in range(rounds + 1):
+        wait()
+        started = time.perf_counter()
+        work()
+        wait()
+        times.append(time.perf_counter() - started)
+    return sorted(times[1:])[rounds // 2]
+
+
+def wait() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak(reset: bool = False) -> float:
+    if DEVICE.type != "cuda":
+        return float("nan")
+    if reset:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.max_memory_allocated() / 2**30
+
+
+def correct(tokenizer) -> None:
+    print("\n## Correct\n\n| on the card | largest difference of a log-prob | of an entropy | sampler and trainer |\n| --- | --- | --- | --- |")
+    reference = build(256, 512, 4, 4, 2048, torch.float32, "cpu")
+    rollout = sample(reference, tokenizer, [PROMPT, PROMPT[:9]], 4, 64, seed=1)
+    logp, entropy = response_logprobs(reference, rollout)
+    for dtype in (torch.float32, torch.bfloat16):
+        model = build(256, 512, 4, 4, 2048, torch.float32, "cpu").to(DEVICE, dtype)
+        here = type(rollout)(**{k: v.to(DEVICE) if torch.is_tensor(v) else v for k, v in vars(rollout).items()})
+        with torch.no_grad():
+            found = [x.cpu() for x in response_logprobs(model, here)]
+            own = sample(model, tokenizer, [PROMPT, PROMPT[:9]], 4, 64, seed=2)
+            gap = (response_logprobs(model, own)[0] - own.logp).abs().max()
+        print(f"| {dtype} | {(found[0] - logp).abs().max():.2e} | {(found[1] - entropy).abs().max():.2e} | {gap:.2e} |")
+
+
+def decoding(model, tokenizer, rows: int, new: int) -> None:
+    numel = sum(p.numel() for p in model.parameters())
+    x = torch.empty(1 << (28 if DEVICE.type == "cuda" else 22), dtype=torch.bfloat16, device=DEVICE)
+    copied = 4 * x.numel() / seconds(lambda: x.clone())  # bytes read and written a second
+    config = model.config
+    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2 * rows * (len(PROMPT) + new / 2)
+    floor = rows * copied / (2 * numel + cache)
+    ours = rows * new / seconds(lambda: sample(model, tokenizer, [PROMPT], rows, new, max_rows=rows), 1)
+    print(f"\n## Decoding\n\n{rows} answers of {new} tokens; copy rate {copied / 1e9:.0f} GB/s\n\n| | tokens/s | times the floor's seconds |")
+    print("| --- | --- | --- |")
+    row = lambda name, rate: print(f"| {name} | {rate:.0f} | {floor / rate:.2f} |", flush=True)
+    row("floor: weights and cache read once a step", floor)
+    row("common/sampling.py", ours)
+    ids = torch.tensor([PROMPT] * rows, device=DEVICE)
+    with torch.inference_mode():
+        row("model.generate", rows * new / seconds(lambda: model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, top_p=1.0, max_new_tokens=new), 1))
+    try:
+        settings = transformers.GenerationConfig(max_new_tokens=new, do_sample=True, eos_token_id=-1, pad_token_id=0)
+        row("generate_batch (continuous batching)", rows * new / seconds(lambda: model.generate_batch(
+            [PROMPT] * rows, generation_config=settings, progress_bar=False), 1))
+    except Exception as error:  # (an interface that changes from release to release; its absence is a result)
+        print(f"| generate_batch | not run: {type(error).__name__}: {str(error)[:80]} | |")
+
+
+def training(model, tokenizer, rows: int, new: int, budget: int) -> None:
+    numel = sum(p.numel() for p in model.parameters())
+    n = 8192 if DEVICE.type == "cuda" else 512
+    a = torch.randn(n, n, dtype=torch.bfloat16, device=DEVICE)
+    matmul = 2 * n**3 / seconds(lambda: a @ a)
+    peak(reset=True)
+    rollout = sample(model, tokenizer, [PROMPT], rows, new, seed=3)
+    sampling_peak = peak()
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    model.train()
+    optimizer = MasterAdamW(model, 1e-6)
+
+    def step():
+        for m in micro_batches(torch.arange(rows, device=DEVICE), rollout, budget):
+            logp, _ = response_logprobs(model, rollout[m])
+            optimizer.backward(logp.sum() / 1e6)
+        optimizer.step()
+    peak(reset=True)
+    tokens, elapsed = rows * (len(PROMPT) + new), seconds(step, 1)
+    rate = tokens / elapsed
+    plan = memory_plan(model, rows, len(PROMPT) + new, budget, max_rows_for(model, len(PROMPT) + new))
+    print(f"\n## Training\n\n{rows} answers of {new} tokens, {budget} tokens at once; matmul {matmul / 1e12:.0f} TFLOP/s\n\n"
+          "| tokens/s | share of the matmul rate, 6 FLOPs | 8 FLOPs | peak while sampling, GiB | while training | planned |\n"
+          "| --- | --- | --- | --- | --- | --- |\n"
+          f"| {rate:.0f} | {6 * numel * rate / matmul:.2f} | {8 * numel * rate / matmul:.2f} | {sampling_peak:.1f} | {peak():.1f} | "
+          f"{plan['peak']:.1f} |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--toy", action="store_true", help="tiny shapes, to see that it runs")
+    args = parser.parse_args()
+    if DEVICE.type != "cuda" and not args.toy:
+        raise SystemExit("no GPU here; --toy runs the same code at tiny shapes")
+    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU, toy shapes: these numbers mean nothing"
+    print(f"{name}, torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}")
+    tokenizer = load_tokenizer(str(TINY))
+    correct(tokenizer)
+    shape = (256, 512, 2, 4, 2048) if args.toy else (2560, 9728, 36, 32, 151936)
+    model = build(*shape, torch.bfloat16)
+    decoding(model, tokenizer, 4 if args.toy else 128, 16 if args.toy else 512)
+    training(model, tokenizer, 4 if args.toy else 16, 32 if args.toy else 2048, 256 if args.toy else 16384)
+
+
+if __name__ == "__main__":
+    main()
