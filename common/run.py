@@ -184,7 +184,7 @@ class Run:
         return f"the weights are finite, the {what} not; lower --lr or take --dtype float32, with --resume {self.folder}"
 
     def log(self, rollout=None, rewards=None, parts=(), gaps=(), **values) -> None:
-        """Writes one row for the current step, shows the bar, warns of what tends to go wrong.
+        """Writes one row for the current step, of all ranks together, shows the bar, warns of what tends to go wrong.
 
         rollout and rewards ((P, G) or None) add reward, length, share truncated, entropy (nats, of the policy that was sampled,
         mean over tokens) and the share of groups without signal. parts: metrics of micro-batches, summed and divided by
@@ -236,7 +236,7 @@ class Run:
         for key, seen, line in (
             ("truncated", row.get("truncated", 0) > 0.5,
              "over half of the answers hit --max-new-tokens before they ended and count as wrong: raise it"),
-            ("signal", row.get("no_signal", 0) > 0.8,
+            ("signal", row.get("no_signal", 0) > 0.8 and "value_loss" not in row,  # a critic needs no group
              "in over 80 % of the groups all answers are right or all wrong, nothing to learn: other problems or larger groups"),
             ("entropy", row.get("entropy", first) < 0.1 * first,
              "the entropy has fallen below a tenth of its start, the model repeats itself: lower --lr"),
