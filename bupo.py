@@ -115,21 +115,21 @@ def token_denominator(how: str, lengths: torch.Tensor, max_new_tokens: int) -> t
 
 @dataclass
 class Config:
-    steps: int = flag(32, "rollouts; the paper: 300", real=300, low=1)
-    prompts_per_step: int = flag(8, "problems a rollout; the paper: 128", real=128, low=1)
-    group_size: int = flag(16, "answers to each problem; the paper: 8. Small models need more for a mixed group", real=8, low=2)
-    max_new_tokens: int = flag(80, "longest answer in tokens; the authors' script: 8192", real=2048, low=1)
+    steps: int = flag(32, "rollouts; BuPO: 300", real=300, low=1)
+    prompts_per_step: int = flag(8, "problems a rollout; BuPO: 128", real=128, low=1)
+    group_size: int = flag(16, "answers to each problem; BuPO: 8. Small models need more for a mixed group", real=8, low=2)
+    max_new_tokens: int = flag(80, "longest answer in tokens; BuPO's script: 8192", real=2048, low=1)
     temperature: float = flag(1.0, "for sampling and in training alike", above=0)
-    lr: float = flag(3e-4, "AdamW, constant; the paper: 1e-6", real=1e-6, above=0)
-    updates_per_rollout: int = flag(1, "optimiser steps a rollout, each on its share of the prompts; the authors: 4", low=1)
-    ppo_epochs: int = flag(1, "passes over a rollout, each with all its updates; the authors: 1", low=1)
+    lr: float = flag(3e-4, "AdamW, constant; BuPO: 1e-6", real=1e-6, above=0)
+    updates_per_rollout: int = flag(1, "optimiser steps a rollout, each on its share of the prompts; BuPO: 4", low=1)
+    ppo_epochs: int = flag(1, "passes over a rollout, each with all its updates; BuPO: 1", low=1)
     advantage: str = flag("grpo", "how rewards become advantages", choices=("grpo", "rloo", "reinforce++", "dr_grpo"))
     aggregation: str = flag("token", "mean over all tokens, per answer first, or over a constant length",
                             choices=("token", "sequence", "constant"))
     clip_low: float = flag(0.2, "ratios below 1 - this get no gradient when the advantage is negative", low=0, high=1)
     clip_high: float = flag(0.2, "ratios above 1 + this get none when it is positive; DAPO: 0.28", low=0)
-    dual_clip: float = flag(None, "bound on the loss of bad tokens, in advantages; the authors' code: 10", type=float, above=1)
-    kl_coef: float = flag(0.0, "weight of the KL to the initial model; the paper: 0", low=0)
+    dual_clip: float = flag(None, "bound on the loss of bad tokens, in advantages; BuPO's code: 10", type=float, above=1)
+    kl_coef: float = flag(0.0, "weight of the KL to the initial model; BuPO: 0", low=0)
     layer: str = flag("auto", "block whose policy the first phase trains, 1 = lowest; auto: end of the exploration region")
     internal_steps: int = flag(3, "rollouts of the first phase, a tenth of the run as in the paper; many more ruin the model",
                                real=30, low=0)

@@ -168,12 +168,12 @@ def token_denominator(how: str, lengths: torch.Tensor, max_new_tokens: int) -> t
 
 @dataclass
 class Config:
-    steps: int = flag(32, "rollouts; the paper: 300", real=300, low=1)
-    prompts_per_step: int = flag(8, "problems a rollout; the paper: 128", real=128, low=1)
-    group_size: int = flag(16, "answers to each problem; the paper: 8. Small models need more for a mixed group", real=8, low=2)
-    max_new_tokens: int = flag(80, "longest answer in tokens; the authors' script: 8192", real=2048, low=1)
+    steps: int = flag(32, "rollouts; BuPO: 300", real=300, low=1)
+    prompts_per_step: int = flag(8, "problems a rollout; BuPO: 128", real=128, low=1)
+    group_size: int = flag(16, "answers to each problem; BuPO: 8. Small models need more for a mixed group", real=8, low=2)
+    max_new_tokens: int = flag(80, "longest answer in tokens; BuPO's script: 8192", real=2048, low=1)
     temperature: float = flag(1.0, "for sampling and in training alike", above=0)
-    lr: float = flag(3e-4, "AdamW, constant; the paper: 1e-6", real=1e-6, above=0)
+    lr: float = flag(1e-4, "AdamW, constant, for four updates a rollout; BuPO: 1e-6", real=1e-6, above=0)
     updates_per_rollout: int = flag(4, "optimiser steps a rollout, each on its share of the prompts; with 1 no gate acts", low=1)
     ppo_epochs: int = flag(1, "passes over a rollout, each with all its updates", low=1)
     advantage: str = flag("grpo", "how rewards become advantages", choices=("grpo", "rloo", "reinforce++", "dr_grpo"))
@@ -184,7 +184,7 @@ class Config:
     delta: float = flag(None, "its threshold; 0.02 unless given, which is the usual 1 +- 0.2 for the ratio", type=float, above=0)
     clip_low: float = flag(None, "instead of --delta: ratios below 1 - this are cut when A < 0", type=float, low=0, high=1)
     clip_high: float = flag(None, "likewise above 1 + this when A > 0; DAPO: 0.2 and 0.28", type=float, low=0)
-    kl_coef: float = flag(0.0, "weight of the KL to the initial model; the paper: 0", low=0)
+    kl_coef: float = flag(0.0, "weight of the KL to the initial model; unknown in the paper", low=0)
     truncated: str = flag("zero", "answers cut at --max-new-tokens: reward 0, or left out of the loss", choices=("zero", "mask"))
 
 

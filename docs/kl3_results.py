@@ -16,7 +16,7 @@ from experiment import BLUE, GREEN, GREY, PURPLE, SKY, VERMILION
 from common.logprobs import response_logprobs
 from kl3_grpo import clip_range, group_advantages
 
-SIZE = "--eval-problems 128 --eval-k 16 --group-size 8 --steps 16 --updates-per-rollout 1"
+SIZE = "--lr 3e-4 --eval-problems 128 --eval-k 16 --group-size 8 --steps 16 --updates-per-rollout 1"
 FOUR = SIZE + " --ppo-epochs 4"
 BINS = (0.0, 0.01, 0.1, 0.5, 0.9, 1.0)
 DELTAS = (0.02, 0.05, 0.1, 0.2)
