@@ -5,6 +5,7 @@
 4,096 answers a run, the teacher's among them, where a method has no number of its own (one-shot EM: ten updates of 64 answers;
 fine-tuning: 2,048 answers of a teacher). Every run starts from the same model.
 """
+import json
 import statistics
 
 import experiment as ex
@@ -51,7 +52,13 @@ def main():
     text += (f"\nAccuracy: mean of 64 answers at temperature 1 to each of 128 held-out problems; {args.seeds} seeds, mean "
              f"(lowest to highest); one run's standard error over problems is {error:.3f}. Entropy: nats a token, last 4 steps "
              "(of the teacher's tokens for SFT). Seconds: of one core while another run has the other, evaluation included.\n")
-    ex.write("main", results, {"all": text})
+    earlier = {name: [r["avg_at_k_after"] for r in of] for name, of in
+               json.loads((ex.ROOT / "docs" / "results" / "bupo.json").read_text()).items()}
+    twice = ex.table(["BuPO minus", "these seeds", "those of bupo.md", "all"], [
+        [rival, ex.paired(accuracy("BuPO"), accuracy(rival)), ex.paired(earlier["BuPO"], earlier[rival]),
+         ex.paired(accuracy("BuPO") + earlier["BuPO"], accuracy(rival) + earlier[rival])]
+        for rival in ("GRPO", "RLOO", "REINFORCE++")])
+    ex.write("main", results, {"all": text, "twice": twice})
 
     figure, axes = plt.subplots(1, 2, figsize=(13, 5), constrained_layout=True, width_ratios=(1.2, 1))
     for name, (script, _, style, *_) in arms.items():
