@@ -2,7 +2,7 @@
 
 Paper: Demystifying Long Chain-of-Thought (arXiv 2502.03373, "§"), whose RL this is; PPO is arXiv 1707.06347. Every token has its
 own advantage: what followed it, discounted, minus V(s_t), what the critic had expected before the token was drawn.
-Run:   python ppo.py                                   the embedded model learns arithmetic, four minutes of one core
+Run:   python ppo.py                                   the embedded model learns arithmetic, two minutes on a laptop
        python ppo.py --model Qwen/Qwen2.5-Math-7B --data zwhe99/DeepMath-103K --reward cosine
        python ppo.py --reward classic --penalty 0 --kl-coef 0 --aggregation token --value-clip 0.5 --dual-clip 10    as in BuPO's
 See:   reward (share of right answers) rises as in grpo.py, score (what is trained on) with it; explained_variance (1: the critic
@@ -276,7 +276,7 @@ class Config:
     kl_coef: float = flag(0.01, "price of a nat of KL to the initial model, in reward; the paper: 0.01", low=0)
     critic: str = flag("copy", "the value head reads a model of its own, or the policy's states", choices=("copy", "shared"))
     critic_lr: float = flag(1e-3, "of the critic, with shared of its head; the paper: 9e-6", real=9e-6, above=0)
-    value_coef: float = flag(1.0, "weight of the value loss; in a shared trunk it competes with the policy's", low=0)
+    value_coef: float = flag(None, "weight of the value loss; default 1, in a shared trunk 0.01: 1 ruins it", type=float, low=0)
     value_clip: float = flag(2.0, "how far a value may move in a rollout, in reward; paper: 0.2, BuPO: 0.5", real=0.2, above=0)
     reward: str = flag("cosine", "1 for right answers, or by length as well (§4.2; A, B, C: §4.3)",
                        choices=("classic", "cosine", "A", "B", "C"))
@@ -290,7 +290,7 @@ class Config:
 
 
 def check(cfg) -> None:
-    """BadInput for flags that do not go together."""
+    """BadInput for flags that do not go together; --value-coef by --critic."""
     if cfg.prompts_per_step % (cfg.updates_per_rollout * size()):
         raise BadInput(f"--updates-per-rollout {cfg.updates_per_rollout}{f' x {size()} processes' * (size() > 1)} must divide "
                        f"--prompts-per-step {cfg.prompts_per_step}")
@@ -298,6 +298,8 @@ def check(cfg) -> None:
         raise BadInput(f"--margin {cfg.margin}: with --max-new-tokens {cfg.max_new_tokens} every answer would be too long")
     if cfg.lam != 1 and cfg.penalty and cfg.penalty_gamma != cfg.gamma:
         raise BadInput(f"--lam {cfg.lam}: with two discounts it must be 1 (one: --penalty 0 or --penalty-gamma {cfg.gamma})")
+    if cfg.value_coef is None:
+        cfg.value_coef = {"copy": 1.0, "shared": 0.01}[cfg.critic]
 
 
 @exit_on_bad_input

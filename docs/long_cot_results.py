@@ -25,7 +25,7 @@ TUNED = {f"{style} N={n}": ("long_cot_sft.py", f"{SFT} --teacher-style {style} -
 LONG, SHORT = MODEL.format("long_N=4"), MODEL.format("short_N=4")
 REINFORCED = {
     "base, cosine": ("ppo.py", RL, GREY),
-    "base, critic in the policy's trunk": ("ppo.py", f"{RL} --critic shared", GREEN),
+    "base, critic in the policy's trunk": ("ppo.py", f"{RL} --critic shared --value-coef 1", GREEN),
     "the same, value loss x 0.01": ("ppo.py", f"{RL} --critic shared --value-coef 0.01", GREEN),
     "base, cosine, limit 56": ("ppo.py", f"{RL} --max-new-tokens 56", GREY),
     "base, classic, limit 56": ("ppo.py", f"{RL} --max-new-tokens 56 --reward classic --penalty 0", VERMILION),
@@ -117,12 +117,14 @@ def main():
     figure.savefig(out / "long_cot.png", dpi=110)
 
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.4), constrained_layout=True)
-    for axis, key, title in zip(axes, ("length", "exceeded", "repeated"), (
-            "tokens per answer", "share of answers too long", "share of tokens in a repeated 12-gram")):
-        for name in ("long, cosine", "long, reward A", "long, reward B", "long, reward C", "long, no penalty"):
-            curves = [ex.smooth([{key: row.get(key, 0.0)} for row in r["rows"]], key) for r in results[name]]
-            ex.band(axis, curves, name, REINFORCED[name][2], "--" if "penalty" in name else "-", fill=False)
-        ex.tidy(axis, title, legend=key == "length")
+    rewards = {"cosine": BLUE, "reward A": VERMILION, "reward B": GREEN, "reward C": PURPLE}
+    for axis, start in zip(axes, ("base", "long")):
+        for reward, color in rewards.items():
+            ex.band(axis, [ex.smooth(r["rows"], "length") for r in results[f"{start}, {reward}"]], reward, color)
+        ex.tidy(axis, f"tokens per answer, from {'the base model' if start == 'base' else 'long chains'}", legend=start == "base")
+    for name, color, style in (("long, cosine", BLUE, "-"), ("long, no penalty", ORANGE, "--")):
+        ex.band(axes[2], [ex.smooth(r["rows"], "repeated") for r in results[name]], name, color, style)
+    ex.tidy(axes[2], "share of tokens in a repeated 12-gram", legend=True)
     figure.savefig(out / "long_cot_rewards.png", dpi=110)
 
 
