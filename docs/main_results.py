@@ -61,17 +61,17 @@ def main():
     ex.write("main", results, {"all": text, "twice": twice})
 
     figure, axes = plt.subplots(1, 2, figsize=(13, 5), constrained_layout=True, width_ratios=(1.2, 1))
-    for name, (script, _, style, *_) in arms.items():
+    color = lambda name: COLOURS[arms[first.get(name, name)][0][:-3]]
+    for name, (_, _, style, *_) in arms.items():
         if "reward" in results[name][0]["rows"][0]:
             start = arms[first[name]][3] if name in first else 0
             curves = [ex.smooth(r["rows"], "reward") for r in results[name]]
             x = [start + 128 * (i + 1) for i in range(len(curves[0]))]
-            ex.band(axes[0], curves, name, COLOURS[script[:-3]], style, x=x, fill=style == "-")
+            ex.band(axes[0], curves, name, color(name), style, x=x, fill=style == "-")
     ex.tidy(axes[0], "share of sampled answers that are right (mean of four steps)", "answers drawn", legend=True)
     names = sorted(arms, key=lambda name: statistics.fmean(accuracy(name)))
     for y, name in enumerate(names):
-        script, _, style, *_ = arms[name]
-        axes[1].barh(y, statistics.fmean(accuracy(name)), color=COLOURS[script[:-3]], alpha=0.75 if style == "-" else 0.35)
+        axes[1].barh(y, statistics.fmean(accuracy(name)), color=color(name), alpha=0.75 if arms[name][2] == "-" else 0.35)
         axes[1].plot(accuracy(name), [y] * args.seeds, "o", color="black", markersize=4)
     axes[1].axvline(before[0], color="black", linestyle=":", linewidth=1.5)
     axes[1].annotate(" before", (before[0], len(names) - 0.45), fontsize=11)
