@@ -243,7 +243,8 @@ def sampled_traces(run) -> list[dict]:
     kept = sum(len(row["completions"]) for row in rows)
     of_all = lambda count: f"{count} ({count / counts['sampled']:.1%})"
     print(f"traces: {counts['sampled']} answers to {len(rows)} problems: {of_all(counts['finished'])} ended, "
-          f"{of_all(counts['right'])} right, {of_all(kept)} kept, each once; {counts['agrees']} labels agree with an answer")
+          f"{of_all(counts['right'])} right, {of_all(kept)} kept, each once; {counts['agrees']} labels agree with one of two "
+          "answers")
     if not kept:
         raise BadInput(f"--teacher {cfg.teacher}: none of {counts['sampled']} answers to {len(rows)} problems was kept, "
                        f"{of_all(counts['right'])} were right, {of_all(counts['finished'])} ended; try more --samples or "

@@ -27,12 +27,12 @@ def token_logprobs(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Te
                    chunk: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """log softmax(hidden @ weight.T / temperature) at the targets, and the entropy, both in nats and float32.
 
-    hidden (..., D), weight (V, D), targets (...) -> logp (...), entropy (...). Done `chunk` tokens at a time (default: 2^27
-    logits, half a GiB); the backward pass computes a chunk's logits again instead of keeping them.
+    hidden (..., D), weight (V, D), targets (...) -> logp (...), entropy (...). Done `chunk` tokens at a time (default: 2^26
+    logits, a quarter of a GiB); the backward pass computes a chunk's logits again instead of keeping them.
     """
     shape, V = targets.shape, weight.shape[0]
     hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    chunk = chunk or max(1, (1 << 27) // V)
+    chunk = chunk or max(1, (1 << 26) // V)
     pieces = []
     for h, y in zip(hidden.split(chunk), targets.split(chunk)):
         several = torch.is_grad_enabled() and len(targets) > chunk  # a single chunk gains nothing from computing it twice

@@ -162,7 +162,7 @@ def memory_plan(model, rows: int, tokens: int, micro_batch_tokens: int, max_rows
         "Adam moments": 8 * trained / N,
         "cache and logits while sampling": min(rows, max_rows) * (cache_token * tokens + 20 * config.vocab_size),
         "activations": activation_token * min(micro_batch_tokens, rows * tokens),
-        "logits chunk": 3 * 4 * min(1 << 27, config.vocab_size * micro_batch_tokens),
+        "logits chunk": 6 * 4 * min(1 << 26, config.vocab_size * micro_batch_tokens),  # softmax, and gradients of both uses of it
     }
     if offload and next(lm.parameters()).device.type != "cpu":
         held = [plan.pop(name) for name in ("float32 masters", "gradients", "Adam moments")]
