@@ -11,7 +11,9 @@ import shutil
 
 from safetensors import SafetensorError
 
+from common.distributed import rank, size, whole
 from common.errors import BadInput
+from common.models import causal_lm
 
 FORMAT = 2  # goes up when what lies in a checkpoint changes its meaning
 
@@ -116,3 +118,23 @@ def clean(folder: pathlib.Path) -> None:
     """Removes what a run that was killed while writing has left half-written."""
     for leftover in [*folder.glob("*.tmp"), *folder.glob("checkpoints/*.tmp")]:
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def whole_weights(model) -> dict | None:
+    """What save_model writes if the weights are split over ranks, on the first one's CPU. Every rank must call it."""
+    if size() == 1:
+        return None
+    lm, adapters = causal_lm(model), hasattr(model, "peft_config")
+    kept = {name: weight for name, weight in model.state_dict().items()
+            if ("lora_" in name if adapters else name != "lm_head.weight" or not lm.config.tie_word_embeddings)}
+    weights = {name: whole(weight) for name, weight in kept.items()}
+    return weights if adapters or rank() > 0 else {name: weight.to(lm.narrow) for name, weight in weights.items()}
+
+
+def save_model(model, tokenizer, folder: pathlib.Path, weights: dict | None = None) -> None:
+    """An ordinary save_pretrained folder (safetensors); adapters alone in peft's format when the model has them."""
+    model.save_pretrained(folder, state_dict=weights)
+    if weights and not hasattr(model, "peft_config"):  # split weights are float32, and transformers has written that
+        model.config.dtype = model.narrow
+        model.config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

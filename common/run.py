@@ -25,7 +25,18 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from common.checkpoints import clean, label, newest, prune, sync, whole_folder, write_atomically, writing
+from common.checkpoints import (
+    clean,
+    label,
+    newest,
+    prune,
+    save_model,
+    sync,
+    whole_folder,
+    whole_weights,
+    write_atomically,
+    writing,
+)
 from common.data import encode_prompts, load_train_and_eval
 from common.distributed import everyone, rank, size, split_like, total, whole
 from common.errors import BadInput
@@ -340,26 +351,6 @@ def start(cfg, name: str) -> Run:
     if cfg.resume:
         print(f"going on from step {run.first} of {cfg.steps} in {run.folder}" + " (no checkpoint yet)" * (not run.checkpoint))
     return run
-
-
-def whole_weights(model) -> dict | None:
-    """What save_model writes if the weights are split over ranks, on the first one's CPU. Every rank must call it."""
-    if size() == 1:
-        return None
-    lm, adapters = causal_lm(model), hasattr(model, "peft_config")
-    kept = {name: weight for name, weight in model.state_dict().items()
-            if ("lora_" in name if adapters else name != "lm_head.weight" or not lm.config.tie_word_embeddings)}
-    weights = {name: whole(weight) for name, weight in kept.items()}
-    return weights if adapters or rank() > 0 else {name: weight.to(lm.narrow) for name, weight in weights.items()}
-
-
-def save_model(model, tokenizer, folder: pathlib.Path, weights: dict | None = None) -> None:
-    """An ordinary save_pretrained folder (safetensors); adapters alone in peft's format when the model has them."""
-    model.save_pretrained(folder, state_dict=weights)
-    if weights and not hasattr(model, "peft_config"):  # split weights are float32, and transformers has written that
-        model.config.dtype = model.narrow
-        model.config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def peak_bytes() -> float:
