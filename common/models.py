@@ -14,6 +14,7 @@ from common.errors import BadInput
 logging.disable_progress_bar()  # loading and saving take moments; the bars would break up a run's own
 
 TINY = pathlib.Path(__file__).parent / "tiny"
+LOGIT_BYTES = 20  # of a logit while sampling: log-softmax, probabilities and entropy in float32, the running sum in float64
 
 
 def model_path(name: str) -> str:
@@ -160,7 +161,7 @@ def memory_plan(model, rows: int, tokens: int, micro_batch_tokens: int, max_rows
         "float32 masters": 4 * trained / N if item < 4 or N > 1 or offload else 0,
         "gradients": 4 * trained / N,
         "Adam moments": 8 * trained / N,
-        "cache and logits while sampling": min(rows, max_rows) * (cache_token * tokens + 20 * config.vocab_size),
+        "cache and logits while sampling": min(rows, max_rows) * (cache_token * tokens + LOGIT_BYTES * config.vocab_size),
         "activations": activation_token * min(micro_batch_tokens, rows * tokens),
         "logits chunk": 6 * 4 * min(1 << 26, config.vocab_size * micro_batch_tokens),  # softmax, and gradients of both uses of it
     }
@@ -175,10 +176,12 @@ def memory_plan(model, rows: int, tokens: int, micro_batch_tokens: int, max_rows
 
 
 def max_rows_for(model, tokens: int) -> int:
-    """How many answers of `tokens` tokens are decoded at once: the cache takes at most half of what is free (8 GiB on a CPU)."""
+    """How many answers of `tokens` tokens are decoded at once: cache and logits take at most half of what is free (8 GiB on a
+    CPU)."""
     config, device = model.config, next(model.parameters()).device
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    row = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * tokens * next(model.parameters()).element_size()
+    item = (getattr(causal_lm(model), "narrow", None) or next(model.parameters()).dtype).itemsize
+    row = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * tokens * item + LOGIT_BYTES * config.vocab_size
     free = 16 << 30
     if device.type == "cuda":  # what torch has reserved but not handed out is free as well
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
