@@ -58,7 +58,7 @@ def ascend(_run, optimizer):
 RL = "--steps 16"
 FIRST = {  # name -> script, flags, what is watched
     "EM": ("entropy_min.py", EVAL, dict(after=after)),
-    "EM 40 updates": ("entropy_min.py", f"{EVAL} --steps 40", dict(probe=probe, every=5)),
+    "EM 40 updates": ("entropy_min.py", f"{EVAL} --steps 40", dict(probe=probe, every=1)),
     "EM lr 6e-4": ("entropy_min.py", f"{EVAL} --lr 6e-4"),
     "EM lr 1.5e-4": ("entropy_min.py", f"{EVAL} --lr 1.5e-4"),
     "loss T 1": ("entropy_min.py", f"{EVAL} --loss-temperature 1"),
@@ -78,11 +78,21 @@ THEN = {
 BASE = {"base": ("entropy_min.py", "--eval-problems 64 --eval-k 2 --steps 1 --lr 1e-12", dict(after=after))}  # the model as it is
 
 
-def stopped(result, share) -> float:
-    """Accuracy at the first probe after the sampled entropy fell below `share` of its first value (the last probe if never)."""
+def near(result, key, update) -> float:
+    """Mean over the look after `update` updates and its two neighbours: one look is 512 answers and noisy."""
+    return statistics.fmean(p[key] for p in result["probe"] if abs(p["step"] - update) <= 1)
+
+
+def floor(result, share) -> int:
+    """Updates made when the sampled entropy was first seen below `share` of its first value (all of them if never)."""
     start = result["rows"][0]["entropy"]
-    step = next((row["step"] for row in result["rows"] if row["entropy"] < share * start), 10 ** 6)
-    return next((p for p in result["probe"] if p["step"] >= step), result["probe"][-1])["accuracy"]
+    return next((i for i, row in enumerate(result["rows"]) if row["entropy"] < share * start), len(result["rows"]))
+
+
+def first_fall(result) -> int:
+    """Updates made when the agreement of answers was first seen to fall, three looks against the three before."""
+    votes = [p["agreement"] for p in result["probe"]]
+    return next((i for i in range(5, len(votes)) if sum(votes[i - 2:i + 1]) < sum(votes[i - 5:i - 2])), len(votes) - 1)
 
 
 def main():
@@ -100,27 +110,24 @@ def main():
 
     long = results["EM 40 updates"]
     steps = [p["step"] for p in long[0]["probe"]]
-    mean = lambda key, i: statistics.fmean(r["probe"][i][key] for r in long)
+    seeds_at = lambda key, update: [next(p[key] for p in r["probe"] if p["step"] == update) for r in long]
+    mean = lambda key, update: statistics.fmean(seeds_at(key, update))
     course = ex.table(["updates", "accuracy", "lowest and highest seed", "parsed", "accuracy of the parsed", "tokens",
-                    "agreement", "loss"],
-                   [[step, f"{mean('accuracy', i):.3f}", "{:.3f}, {:.3f}".format(*(f(r["probe"][i]["accuracy"] for r in long)
-                                                                                  for f in (min, max))),
-                     f"{mean('parsed', i):.3f}", f"{mean('accuracy_parsed', i):.3f}", f"{mean('length', i):.0f}",
-                     f"{mean('agreement', i):.3f}",
-                     f"{statistics.fmean(r['rows'][min(step, 39)]['loss'] for r in long):.4f}"]
-                    for i, step in enumerate(steps)])
-    peak = [max(p["accuracy"] for p in r["probe"]) for r in long]
-    at10 = [next(p for p in r["probe"] if p["step"] == 10)["accuracy"] for r in long]
-    first_fall = []  # where agreement falls for the first time from one probe to the next
-    for votes, r in (([p["agreement"] for p in r["probe"]], r) for r in long):
-        fall = next((i for i in range(1, len(steps)) if votes[i] < votes[i - 1]), len(steps) - 1)
-        first_fall.append(r["probe"][fall]["accuracy"])
-    stops = ex.table(["rule", "accuracy where it stops", "below the seed's peak"],
-                  [["the peak itself (needs labels)", ex.spread(peak), ""],
-                   ["10 updates", ex.spread(at10), ex.paired(peak, at10)],
-                   *([f"entropy below {share} of its start", ex.spread([stopped(r, share) for r in long]),
-                      ex.paired(peak, [stopped(r, share) for r in long])] for share in STOPS),
-                   ["agreement of answers falls", ex.spread(first_fall), ex.paired(peak, first_fall)]])
+                       "agreement", "loss"],
+                      [[update, f"{mean('accuracy', update):.3f}",
+                        "{:.3f}, {:.3f}".format(*(f(seeds_at("accuracy", update)) for f in (min, max))),
+                        f"{mean('parsed', update):.3f}", f"{mean('accuracy_parsed', update):.3f}",
+                        f"{mean('length', update):.0f}", f"{mean('agreement', update):.3f}",
+                        f"{statistics.fmean(r['rows'][min(update, 39)]['loss'] for r in long):.4f}"]
+                       for update in (0, 2, 4, 6, 8, 10, 15, 20, 25, 30, 35, 40)])
+    at = lambda rule: [near(r, "accuracy", rule(r)) for r in long]
+    peak = [max(near(r, "accuracy", step) for step in steps) for r in long]
+    rules = {"10 updates": lambda r: 10, "agreement of answers falls": first_fall,
+             **{f"entropy below {share} of its start": lambda r, s=share: floor(r, s) for share in STOPS}}
+    stops = ex.table(["rule", "updates", "accuracy where it stops", "below the seed's peak"],
+                     [["the peak itself (needs labels)", "", ex.spread(peak), ""],
+                      *([name, ex.spread([rule(r) for r in long], 0), ex.spread(at(rule)), ex.paired(peak, at(rule))]
+                        for name, rule in rules.items())])
 
     four = ["base", "EM", "GRPO", "EM, then GRPO"]
     heat = ex.table(["temperature of the evaluation", *four],
@@ -141,7 +148,7 @@ def main():
         ["EM, then GRPO minus GRPO", ex.paired(after_("EM, then GRPO"), after_("GRPO"))],
         ["GRPO, then EM minus GRPO", ex.paired(after_("GRPO, then EM"), after_("GRPO"))],
         ["accuracy after 15 updates minus after 40",
-         ex.paired(*([p["accuracy"] for r in long for p in r["probe"] if p["step"] == step] for step in (15, 40)))],
+         ex.paired(*([near(r, "accuracy", update) for r in long] for update in (15, 40)))],
         ["greedy accuracy: EM minus before", ex.paired(greedy("EM"), every(greedy("base")))],
         *([f"skewness of {what}: {name} minus before", ex.paired(skewness(name, which), every(skewness("base", which)))]
           for name in ("EM", "GRPO") for which, what in (("raw", "all logits"), ("top_k", "the 50 largest")))])

@@ -92,13 +92,13 @@ def one(job):
             "probe": probes, "versions": json.loads(read("config.json", ""))["versions"], "commit": read("commit.txt", "")}
 
 
-def runs(experiment: str, arms: dict, seeds: int, workers: int = 2, **watch) -> dict[str, list[dict]]:
-    """arms: name -> (script, flags, ...), {seed} and {runs} filled in. watch: probe, every, after, prepare, for all; an arm's
-    own come in a dict as its last element. -> name -> a result a seed, in order."""
+def runs(experiment: str, arms: dict, seeds: int, workers: int = 2, first: int = 0, **watch) -> dict[str, list[dict]]:
+    """arms: name -> (script, flags, ...), {seed} and {runs} filled in; seeds first, first + 1, .... watch: probe, every, after,
+    prepare, for all; an arm's own come in a dict as its last element. -> name -> a result a seed, in order."""
     git = lambda *command: subprocess.run(["git", *command], capture_output=True, text=True, cwd=ROOT).stdout.strip()
     edited = " with uncommitted edits" if git("status", "--porcelain", "--untracked-files=no") else ""
     commit, base, jobs = git("rev-parse", "--short", "HEAD") + edited, ROOT / "runs" / "docs" / experiment, []
-    for seed in range(seeds):
+    for seed in range(first, first + seeds):
         for name, arm in arms.items():
             own = arm[-1] if isinstance(arm[-1], dict) else {}
             flags = arm[1].format(seed=seed, runs=base).split() + ["--seed", str(seed)]
