@@ -158,7 +158,7 @@ def analyze(argv: list[str]) -> None:
     folder = pathlib.Path(cfg.output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BadInput(f"--output {folder}: holds something already; choose another folder")
-    models = {name: load_model(name, cfg.device, cfg.dtype) for name in names}
+    models = {name: load_model(name, cfg.device, cfg.dtype, cuda_graphs=cfg.cuda_graphs) for name in names}
     sizes = {name: causal_lm(model).config.vocab_size for name, model in models.items()}
     if len(set(sizes.values())) > 1:
         raise BadInput(f"--model: the same answers need the same vocabulary, these have {sizes}")

@@ -254,7 +254,7 @@ def main(argv=None):
     problems = load_problems(cfg.data, cfg.split, cfg.prompt_column, cfg.answer_column, True, cfg.seed, cfg.samples)
     ready = {}
     for name in names:  # everything is checked before anything is written
-        tokenizer, model = load_tokenizer(name), load_model(name, cfg.device, cfg.dtype)
+        tokenizer, model = load_tokenizer(name), load_model(name, cfg.device, cfg.dtype, cuda_graphs=cfg.cuda_graphs)
         config, probe = causal_lm(model).config, torch.arange(2, device=next(model.parameters()).device)[None]  # (1, 2)
         internal_view(model, probe, None, probe >= 0, controls=False)  # two tokens, since the embedding of a padding token is 0
         if cfg.sample_layer and cfg.sample_layer > config.num_hidden_layers:

@@ -72,15 +72,17 @@ def load_tokenizer(name: str):
 
 
 def load_model(name: str, device: str = "auto", dtype: str = "auto", lora_rank: int = 0, adapter: str | None = None,
-               split: bool = True):
+               split: bool = True, cuda_graphs: bool = False):
     """-> model in eval mode, on its device.
 
     dtype `auto` is float32 on the CPU and bfloat16 elsewhere; the optimiser keeps float32 masters of bfloat16 weights.
     lora_rank > 0 wraps all linear maps of the blocks with peft and leaves only the adapters trainable; `adapter` is the folder
-    of a saved one to go on from. On several ranks the weights are split over them, unless the caller does that. Raises BadInput
-    for a model or a device that is not there.
+    of a saved one to go on from. On several ranks the weights are split over them, unless the caller does that. cuda_graphs:
+    sample() replays recorded steps of it. Raises BadInput for a model or a device that is not there.
     """
     place = pick_device(device)
+    if cuda_graphs and place.type != "cuda":
+        raise BadInput(f"--cuda-graphs: the device is {place}, not a CUDA one")
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(dtype) or (
         torch.float32 if place.type == "cpu" else torch.bfloat16)
     model = _from_pretrained(AutoModelForCausalLM, name, dtype=dtype, attn_implementation="sdpa", use_safetensors=True)
@@ -91,6 +93,7 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto", lora_rank: 
         model = (PeftModel.from_pretrained(model, adapter, is_trainable=True) if adapter else
                  get_peft_model(model, LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear")))
     pick_threads(place.type == "cpu" and model.config.hidden_size <= 256)
+    causal_lm(model).cuda_graphs = cuda_graphs
     if model.config.hidden_size > 256:  # the name has changed in transformers 5.2x
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})

@@ -325,7 +325,8 @@ def start(cfg, name: str) -> Run:
     weights, adapter = (run.checkpoint / "model" if run.checkpoint else None), None
     if cfg.lora_rank and weights:
         weights, adapter = None, weights
-    run.model = load_model(str(weights or cfg.model), cfg.device, cfg.dtype, cfg.lora_rank, adapter and str(adapter))
+    run.model = load_model(str(weights or cfg.model), cfg.device, cfg.dtype, cfg.lora_rank, adapter and str(adapter),
+                           cuda_graphs=cfg.cuda_graphs)
     context = causal_lm(run.model).config.max_position_embeddings
     train, held_out = load_train_and_eval(cfg)
     if context <= cfg.max_new_tokens:

@@ -45,30 +45,24 @@ def join(prompts: list[list[int]], tokens: torch.Tensor, lengths: torch.Tensor) 
     return ids, (position >= start) & (position < start + lengths[:, None])
 
 
-class GrowingLayer(DynamicLayer):
-    """Keys and values in buffers that grow by 64 positions at a time, so that a new token is written and not the whole copied."""
+class SlotLayer(DynamicLayer):
+    """Keys and values in buffers with room to spare: once `slot` (1,) is set, a new token's are written there and nothing is
+    copied. It is a tensor, so that a recorded step finds another place every time it is replayed."""
+    slot = None
 
     def update(self, keys, values, *args, **kwargs):
-        start = self.get_seq_length()
-        end = start + keys.shape[-2]
-        if start == 0:
-            self.lazy_initialization(keys, values)
-            self.buffers = (keys[..., :0, :], values[..., :0, :])
-        if end > self.buffers[0].shape[-2]:
-            room = end + 64 - end % 64
-            grown = [new.new_empty(*new.shape[:-2], room, new.shape[-1]) for new in (keys, values)]
-            for buffer, old in zip(grown, self.buffers):
-                buffer[..., :start, :] = old[..., :start, :]
-            self.buffers = grown
-        for buffer, new in zip(self.buffers, (keys, values)):
-            buffer[..., start:end, :] = new
-        self.keys, self.values = (buffer[..., :end, :] for buffer in self.buffers)
+        if self.slot is None:  # the prompts
+            return super().update(keys, values, *args, **kwargs)
+        self.keys.index_copy_(2, self.slot, keys)
+        self.values.index_copy_(2, self.slot, values)
         return self.keys, self.values
 
-    def batch_select_indices(self, indices):
-        length = self.get_seq_length()
-        self.buffers = [buffer[indices] for buffer in self.buffers]
-        self.keys, self.values = (buffer[..., :length, :] for buffer in self.buffers)
+    def resize(self, rows: torch.Tensor, room: int) -> None:
+        """Keeps these rows, each as often as it is named, with room for so many positions."""
+        old, filled = (self.keys, self.values), self.keys.shape[2]
+        self.keys, self.values = (x.new_zeros(len(rows), x.shape[1], room, x.shape[3]) for x in old)
+        for new, x in zip((self.keys, self.values), old):
+            new[:, :, :filled] = x[rows]
 
 
 def keep_top_p(logp: torch.Tensor, top_p: float) -> torch.Tensor:
@@ -84,33 +78,42 @@ def pick(probs: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     return torch.searchsorted(upto, u[:, None] * upto[:, -1:], right=True)[:, 0].clamp(max=probs.shape[-1] - 1)
 
 
+def record(step, pool):
+    """step's kernels as a CUDA graph, none of them run -> a function that runs them all, without Python between them."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        step()
+    return graph.replay
+
+
 @torch.inference_mode()
 def decode(model, prompts: list[list[int]], rows: torch.Tensor, max_new_tokens: int, temperature: float, top_p: float,
-           stop: torch.Tensor, noise: torch.Tensor, repetition_penalty: float = 1.0) -> tuple[torch.Tensor, ...]:
+           stop: torch.Tensor, noise: torch.Tensor, repetition_penalty: float = 1.0,
+           graphs: bool = False) -> tuple[torch.Tensor, ...]:
     """Answers for prompts[rows[r]], r = 0..R-1 -> tokens, logp, entropy (R, T) and lengths, finished (R,).
 
     noise (R, T) in [0, 1): row r's token t is a function of noise[r, t] and of what came before it in that row, nothing else.
+    graphs: a step is recorded as a CUDA graph whenever its shapes have changed, and replayed while they stay.
     """
     lm, device, R, width = causal_lm(model), rows.device, len(rows), max(map(len, prompts))
+    look, grain = (16, 256) if graphs else (1, 16)  # steps between two looks at who has ended; the cache grows by so many slots
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)                        # (P, S), left-padded
     seen = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)            # (P, S)
-    cache = Cache(layer_class_to_replicate=GrowingLayer)
+    cache = Cache(layer_class_to_replicate=SlotLayer)
     hidden = lm.model(input_ids=ids, attention_mask=seen, position_ids=(seen.cumsum(-1) - 1).clamp(min=0),
                       past_key_values=cache, use_cache=True).last_hidden_state[:, -1]                       # (P, D)
-    for layer in cache.layers:                                                                              # P caches -> R rows
-        layer.batch_select_indices(rows)
-    hidden = hidden[rows]                                                                                   # (R, D)
-    visible = torch.cat([seen[rows].bool(), rows.new_ones(R, max_new_tokens).bool()], 1)                    # (R, S+T)
-    position = seen.sum(-1)[rows]                                                                           # (R,) of the next
+    slot = rows.new_full((1,), width)                                                                       # of the latest token
     tokens = rows.new_zeros(R, max_new_tokens)                                                              # (R, T)
     logp, entropy = hidden.new_zeros(2, R, max_new_tokens, dtype=torch.float32)                             # (R, T) each
-    lengths, finished = torch.full_like(rows, max_new_tokens), torch.zeros_like(rows).bool()                # (R,)
-    alive = torch.arange(R, device=device)                                                                  # rows still decoded
+    alive, token = torch.arange(R, device=device), torch.zeros_like(rows)                                   # (A,) rows left
+    begin, ended = width - seen.sum(-1)[rows], torch.zeros_like(rows).bool()                                # (A,) first slot
     said = rows.new_zeros(R, lm.config.vocab_size if repetition_penalty != 1 else 0).bool()                 # (R, V) tokens seen
     if repetition_penalty != 1:
         for row, prompt in enumerate(rows.tolist()):
             said[row, prompts[prompt]] = True
-    for t in range(max_new_tokens):
+
+    def draw(hidden):  # (A, D)
+        t = slot - width                                                                                    # (1,)
         scores = lm.lm_head(hidden).float()                                                                 # (A, V)
         full = torch.log_softmax(scores / (temperature or 1.0), -1)                                         # (A, V)
         drawn = full                                                                                        # (A, V)
@@ -118,30 +121,48 @@ def decode(model, prompts: list[list[int]], rows: torch.Tensor, max_new_tokens: 
             penalised = torch.where(scores > 0, scores / repetition_penalty, scores * repetition_penalty)
             drawn = (torch.where(said[alive], penalised, scores) / (temperature or 1.0)).log_softmax(-1)
         probs = (drawn if top_p >= 1 else keep_top_p(drawn, top_p)).exp()
-        token = drawn.argmax(-1) if temperature == 0 else pick(probs, noise[alive, t])                      # (A,)
+        token.copy_(drawn.argmax(-1) if temperature == 0 else pick(probs, noise.index_select(1, t)[:, 0]))
         tokens[alive, t] = token
         if repetition_penalty != 1:
             said[alive, token] = True
         logp[alive, t] = full.gather(-1, token[:, None])[:, 0]
         entropy[alive, t] = -(full.exp() * full.clamp(min=-1e4)).sum(-1)
-        ended = torch.isin(token, stop) & ~finished[alive]
-        lengths[alive[ended]], finished[alive[ended]] = t + 1, True
-        left = (~finished[alive]).nonzero()[:, 0]
-        if len(left) == 0 or t + 1 == max_new_tokens:
-            break
-        if len(left) <= 0.9 * len(alive):  # the cache is copied when rows leave, so let a tenth of them gather
-            for layer in cache.layers:
-                layer.batch_select_indices(left)
-            alive, token = alive[left], token[left]
-        mask = visible[alive, None, None, :width + t + 1]                                                   # (A, 1, 1, S+t+1)
-        hidden = lm.model(input_ids=token[:, None], attention_mask=mask, position_ids=(position[alive] + t)[:, None],
-                          past_key_values=cache, use_cache=True).last_hidden_state[:, -1]                   # (A, D)
-    return tokens, logp, entropy, lengths, finished
+        ended.logical_or_((token[:, None] == stop).any(1))
+
+    def step():  # reads the tokens drawn last and draws the next, all in place: what has no new shape can be replayed
+        visible = (place >= begin[:, None]) & (place <= slot)                                               # (A, S+T)
+        states = lm.model(input_ids=token[:, None], attention_mask=visible[:, None, None],
+                          position_ids=(slot - begin)[:, None], past_key_values=cache, use_cache=True).last_hidden_state
+        slot.add_(1)
+        draw(states[:, -1])
+
+    draw(hidden[rows])
+    place, pool = rows[:0], torch.cuda.graph_pool_handle() if graphs else None
+    for t in range(1, max_new_tokens):
+        if (t - 1) % look == 0:
+            left = (~ended).nonzero()[:, 0]
+            if len(left) == 0:
+                break
+            need = width + min(t + look, max_new_tokens)
+            if len(left) <= 0.9 * len(alive) or need > len(place):  # the cache is copied: let a tenth of the rows gather
+                room = min(need * 9 // 8, width + max_new_tokens) // grain * grain + grain
+                place = torch.arange(room, device=device)                                                   # (S+T,)
+                for layer in cache.layers:                                                                  # P caches -> A rows
+                    layer.resize(rows[left] if layer.slot is None else left, room)
+                    layer.slot = slot
+                alive, token, begin, ended, noise = (x[left] for x in (alive, token, begin, ended, noise))
+                advance = step
+        advance()
+        if graphs and advance is step:
+            advance = record(step, pool)
+    stops = torch.isin(tokens, stop)                                                                        # (R, T)
+    finished = stops.any(1)                                                                                 # (R,)
+    return tokens, logp, entropy, torch.where(finished, stops.int().argmax(1) + 1, max_new_tokens), finished
 
 
 def sample(model, tokenizer, prompts: list[list[int]], n: int, max_new_tokens: int, temperature: float = 1.0,
            top_p: float = 1.0, seed: int = 0, max_rows: int | None = None, repetition_penalty: float = 1.0,
-           alone: bool = False) -> Rollout:
+           alone: bool = False, graphs: bool | None = None) -> Rollout:
     """n answers to each prompt (a list of token ids), at most max_new_tokens tokens each, as one Rollout of P * n rows.
 
     temperature 0 is greedy. The same seed draws the same answers: every token of every row has a random number of its own, so
@@ -150,6 +171,7 @@ def sample(model, tokenizer, prompts: list[list[int]], n: int, max_new_tokens: i
     rank's share of a rollout (common/distributed.py), and get the answers they would get in one process; alone: for all of it.
     repetition_penalty > 1 divides positive and multiplies negative logits of tokens that the prompt or the answer holds already
     (CTRL, arXiv 1909.05858); like top_p it leaves logp and entropy those of the model.
+    graphs: record the steps as CUDA graphs; default: what --cuda-graphs said when the model was loaded.
     Raises ValueError for an empty prompt or for n, max_new_tokens < 1, temperature < 0, top_p outside (0, 1].
     """
     if not prompts or not all(prompts):
@@ -164,13 +186,14 @@ def sample(model, tokenizer, prompts: list[list[int]], n: int, max_new_tokens: i
     place = [p if alone else p * size() + rank() for p in range(len(prompts))]                              # in the whole
     noise = torch.rand(place[-1] + 1, n, max_new_tokens, dtype=torch.float64, generator=generator)[place].flatten(0, 1)  # (B, T)
     max_rows = max_rows or max_rows_for(causal_lm(model), max(map(len, prompts)) + max_new_tokens)
+    graphs = getattr(causal_lm(model), "cuda_graphs", False) if graphs is None else graphs
     pieces = []
     with gathered(causal_lm(model)):
         for start in range(0, len(owner), max_rows):
             here = owner[start:start + max_rows]
             rows = torch.tensor([p - here[0] for p in here], device=device)
             pieces.append(decode(model, prompts[here[0]:here[-1] + 1], rows, max_new_tokens, temperature, top_p, stop,
-                                 noise[start:start + max_rows].to(device), repetition_penalty))
+                                 noise[start:start + max_rows].to(device), repetition_penalty, graphs))
     tokens, logp, entropy, lengths, finished = (torch.cat(parts) for parts in zip(*pieces))
     model.train(was_training)
     T = int(lengths.max())

@@ -30,6 +30,7 @@ TABLE = [
     (MODULES, "--max-new-tokens 512", "every prompt is longer than 0 tokens"),
     (SCRIPTS + MODULES, "--device nonsense", "--device nonsense"),
     (SCRIPTS + MODULES, "--device cuda:99", "--device cuda:99"),
+    (SCRIPTS + MODULES, "--device cpu --cuda-graphs", "--cuda-graphs: the device is cpu"),
     (SCRIPTS + MODULES, "--dtype int8", "invalid choice"),
     (["a script", *MODULES], "--model ./missing", "no model in './missing'"),
     (["a script", *MODULES], "--model empty", "no model in 'empty'"),                    # a folder without a model

@@ -2,6 +2,7 @@
 import pytest
 import torch
 from conftest import byte_level_tokenizer, random_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.logprobs import response_logprobs
 from common.sampling import join, keep_top_p, pick, sample
@@ -34,6 +35,63 @@ def test_sampler_and_trainer_agree(kind, temperature, tokenizer):
     logp, entropy = response_logprobs(model, rollout, temperature)
     assert 0 < rollout.finished.float().mean() < 1  # both ends happen
     assert (logp - rollout.logp).abs().max() < 1e-4 and (entropy - rollout.entropy).abs().max() < 1e-4
+
+
+class Recorder(TorchDispatchMode):
+    """What a CUDA graph is, on a CPU: operations with the very tensors they were called on. Replayed, they run again on those and
+    into those, without Python; what a recording wrote is taken back, as nothing runs while a graph is recorded. Operations
+    that wait for the device fail, as they do there."""
+
+    def __init__(self):
+        super().__init__()
+        self.done, self.before = [], {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), f"{function} waits"
+        for argument, value in zip(function._schema.arguments, args):
+            if argument.is_write:
+                storage = value.untyped_storage()
+                self.before.setdefault(storage.data_ptr(), (storage, storage.clone()))
+        out = function(*args, **(kwargs or {}))
+        self.done.append((function, args, kwargs or {}, out))
+        return out
+
+    def replay(self):
+        for function, args, kwargs, out in self.done:
+            again = function(*args, **kwargs)
+            for old, new in zip(*([x] if torch.is_tensor(x) else x for x in (out, again))):
+                if old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+@pytest.mark.parametrize("kind, options", [("qwen3", {}), ("qwen2", dict(top_p=0.9)), ("llama", dict(repetition_penalty=1.3)),
+                                           ("qwen3", dict(temperature=0))])
+def test_a_recorded_step_is_the_step(kind, options, tokenizer, monkeypatch):
+    """70 tokens, with rows that end all the time: steps recorded once and replayed, looked after every 16, against the plain loop."""
+    counts = {"recorded": 0, "replayed": 0}
+
+    def record(step, pool):
+        recorder = Recorder()
+        with recorder:
+            step()
+        for storage, was in recorder.before.values():
+            storage.copy_(was)
+        counts["recorded"] += 1
+
+        def replay():
+            counts["replayed"] += 1
+            recorder.replay()
+        return replay
+
+    monkeypatch.setattr("common.sampling.record", record)
+    monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: None)
+    model = random_model(kind, vocab_size=len(tokenizer))
+    model.generation_config.eos_token_id = list(range(60, 66))
+    plain, replayed = (sample(model, tokenizer, PROMPTS, 8, 70, seed=3, graphs=graphs, **options) for graphs in (False, True))
+    assert counts["recorded"] >= 3 and counts["replayed"] > 40 and 0 < plain.finished.float().mean() < 1
+    assert torch.equal(plain.tokens, replayed.tokens) and torch.equal(plain.lengths, replayed.lengths)
+    assert torch.equal(plain.finished, replayed.finished) and plain.texts == replayed.texts
+    assert (plain.logp - replayed.logp).abs().max() < 1e-4 and (plain.entropy - replayed.entropy).abs().max() < 1e-4
 
 
 def test_masks_come_from_lengths(tokenizer):

@@ -4,7 +4,7 @@
     python tests/benchmarks/gpu.py --toy              # the same code on anything, in seconds: numbers without meaning
 
 Correct: log-probs and entropies of a small model on the card, float32 and bfloat16, against float32 on the CPU, and the sampler's against
-the trainer's. Decoding: tokens/s of common/sampling.py, of model.generate and of transformers' continuous batching, against the
+the trainer's, in the plain loop and with recorded steps. Decoding: tokens/s of common/sampling.py, both ways, of model.generate and of transformers' continuous batching, against the
 floor (weights and cache read once a step, at the measured copy rate). Training: tokens/s and the share of the measured bfloat16
 matmul rate, 6 FLOPs a weight and token and 8 with blocks computed twice. Memory: the plan against the measured peak.
 """
@@ -25,6 +25,7 @@ from common.optim import MasterAdamW  # noqa: E402
 from common.sampling import sample  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+WAYS = (False, True) if DEVICE.type == "cuda" else (False,)  # sample(graphs=...)
 PROMPT = list(range(5, 69))  # 64 tokens; what they are does not matter
 
 
@@ -65,7 +66,8 @@ def peak(reset: bool = False) -> float:
 
 
 def correct(tokenizer) -> None:
-    print("\n## Correct\n\n| on the card | largest difference of a log-prob | of an entropy | sampler and trainer |\n| --- | --- | --- | --- |")
+    print("\n## Correct\n\n| on the card | largest difference of a log-prob | of an entropy | sampler and trainer | recorded and trainer | "
+          "share of answers the same, recorded or not |\n| --- | --- | --- | --- | --- | --- |")
     reference = build(256, 512, 4, 4, 2048, torch.float32, "cpu")
     rollout = sample(reference, tokenizer, [PROMPT, PROMPT[:9]], 4, 64, seed=1)
     logp, entropy = response_logprobs(reference, rollout)
@@ -74,9 +76,11 @@ def correct(tokenizer) -> None:
         here = type(rollout)(**{k: v.to(DEVICE) if torch.is_tensor(v) else v for k, v in vars(rollout).items()})
         with torch.no_grad():
             found = [x.cpu() for x in response_logprobs(model, here)]
-            own = sample(model, tokenizer, [PROMPT, PROMPT[:9]], 4, 64, seed=2)
-            gap = (response_logprobs(model, own)[0] - own.logp).abs().max()
-        print(f"| {dtype} | {(found[0] - logp).abs().max():.2e} | {(found[1] - entropy).abs().max():.2e} | {gap:.2e} |")
+            ways = [sample(model, tokenizer, [PROMPT, PROMPT[:9]], 4, 600, seed=2, graphs=graphs) for graphs in WAYS]
+            gaps = [(response_logprobs(model, own)[0] - own.logp).abs().max().item() for own in ways]
+        same = (ways[0].tokens == ways[-1].tokens).all(1).float().mean()
+        print(f"| {dtype} | {(found[0] - logp).abs().max():.2e} | {(found[1] - entropy).abs().max():.2e} | {gaps[0]:.2e} | "
+              f"{gaps[-1]:.2e} | {same:.2f} |")
 
 
 def decoding(model, tokenizer, rows: int, new: int) -> None:
@@ -86,12 +90,13 @@ def decoding(model, tokenizer, rows: int, new: int) -> None:
     config = model.config
     cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2 * rows * (len(PROMPT) + new / 2)
     floor = rows * copied / (2 * numel + cache)
-    ours = rows * new / seconds(lambda: sample(model, tokenizer, [PROMPT], rows, new, max_rows=rows), 1)
     print(f"\n## Decoding\n\n{rows} answers of {new} tokens; copy rate {copied / 1e9:.0f} GB/s\n\n| | tokens/s | times the floor's seconds |")
     print("| --- | --- | --- |")
     row = lambda name, rate: print(f"| {name} | {rate:.0f} | {floor / rate:.2f} |", flush=True)
     row("floor: weights and cache read once a step", floor)
-    row("common/sampling.py", ours)
+    for graphs in WAYS:
+        row(f"common/sampling.py{', --cuda-graphs' * graphs}", rows * new / seconds(
+            lambda g=graphs: sample(model, tokenizer, [PROMPT], rows, new, max_rows=rows, graphs=g), 1))
     ids = torch.tensor([PROMPT] * rows, device=DEVICE)
     with torch.inference_mode():
         row("model.generate", rows * new / seconds(lambda: model.generate(
