@@ -82,6 +82,8 @@ def advantages_of(how: str, rewards: torch.Tensor, lengths: torch.Tensor) -> tor
 def grpo_loss(logp, old_logp, advantages, mask, clip_low=0.2, clip_high=0.2, dual_clip=None, denominator=None):
     """The clipped surrogate (eq. 9), negated. logp, old_logp (B, T) nats; advantages (B,); mask (B, T) -> (scalar, metrics).
 
+        loss = -mean over tokens of min(r_t A, clip(r_t, 1 - clip_low, 1 + clip_high) A),   r_t = exp(logp_t - old_logp_t)
+
     denominator: what the sum over tokens is divided by, a number or (B, 1); default: the tokens in mask. Take it over the
     whole update when that is split into micro-batches. dual_clip c > 1 bounds the loss of a bad token by c |A|.
     """

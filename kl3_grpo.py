@@ -27,7 +27,6 @@ or its code (none was found); nothing below that is marked unknown should be tak
   updates a rollout| unknown | 4, each with its share of the prompts
   fine-tuning      | LoRA of Qwen3-1.7B and 8B on DAPO-Math-17k (others' summaries) | all weights; --lora-rank for adapters
 """
-import copy
 import math
 from dataclasses import dataclass
 
@@ -113,6 +112,8 @@ def kl3_root(delta: float, y: float) -> float:
 def atr_grpo_loss(logp, old_logp, advantages, mask, delta=0.02, measure="kl3", denominator=None, window=None, divergence=None):
     """The gated surrogate, negated. logp, old_logp (B, T) nats; advantages (B,); mask (B, T) -> (scalar, metrics).
 
+        loss = -mean over tokens of min(w A, clip(w, low, high) A),   w = exp(logp - old_logp)
+
     measure and delta give the window of the ratio; window (low, high) overrides them. divergence (B, T), one number a token,
     gates by the predicate divergence <= delta instead. denominator as in grpo.py.
     """
@@ -135,19 +136,36 @@ def atr_grpo_loss(logp, old_logp, advantages, mask, delta=0.02, measure="kl3", d
 
 
 @torch.no_grad()
-def exact_kl(model, old_model, rollout, temperature=1.0, chunk=None) -> torch.Tensor:
+def answer_states(model, rollout, useful=None, budget: int = 4096) -> tuple[torch.Tensor, torch.Tensor]:
+    """What tells a policy's distributions later: the states before its answer tokens (B, T, D), a copy of the unembedding (V, D).
+
+    0 in rows that are not useful ((B,), True or False; None: all are). About `budget` tokens at a time.
+    """
+    mask, states = rollout.mask.bool(), None                                            # (B, T)
+    for m in micro_batches(torch.arange(len(mask), device=mask.device), rollout, budget, useful):  # (b,) row numbers
+        part = rollout[m]
+        ids, predicts = join(part.prompts, part.tokens, part.lengths)                   # (b, S) each
+        hidden = hidden_states(model, ids)[predicts]                                    # (N, D)
+        states = hidden.new_zeros(*mask.shape, hidden.shape[1]) if states is None else states  # (B, T, D)
+        states[m] = states[m].masked_scatter(mask[m][..., None], hidden)
+    return states, causal_lm(model).lm_head.weight.detach().clone()
+
+
+@torch.no_grad()
+def exact_kl(model, old_states, old_weight, rollout, temperature=1.0, chunk=None) -> torch.Tensor:
     """KL(old || new) over the whole vocabulary at every answer token of a rollout, nats, 0 outside -> (B, T).
 
-    `chunk` tokens at a time, so that no (B, T, V) is built. The measure of Truly PPO (arXiv 1903.07940).
+    old_states (B, T, D), old_weight (V, D): from answer_states() of the old model. `chunk` tokens at a time, so that no (B, T, V)
+    is built. The measure of Truly PPO (arXiv 1903.07940).
     """
     ids, predicts = join(rollout.prompts, rollout.tokens, rollout.lengths)              # (B, S) each
-    new, old = (hidden_states(m, ids)[predicts] for m in (model, old_model))            # (N, D) each
-    heads = [causal_lm(m).lm_head for m in (model, old_model)]
-    chunk, pieces = chunk or max(1, (1 << 26) // heads[0].weight.shape[0]), []
-    for h_new, h_old in zip(new.split(chunk), old.split(chunk)):
-        q, p = ((head(h).float() / temperature).log_softmax(-1) for head, h in zip(heads, (h_new, h_old)))  # (n, V) each
+    new, inside = hidden_states(model, ids)[predicts], rollout.mask.bool()              # (N, D), (B, T)
+    heads = causal_lm(model).lm_head.weight, old_weight                                 # (V, D) each
+    chunk, pieces = chunk or max(1, (1 << 26) // len(old_weight)), []
+    for states in zip(new.split(chunk), old_states[inside].split(chunk)):               # (n, D) each
+        q, p = (((h @ head.T).float() / temperature).log_softmax(-1) for h, head in zip(states, heads))  # (n, V) each
         pieces.append((p.exp() * (p - q)).sum(-1))
-    return torch.zeros_like(rollout.mask).masked_scatter(rollout.mask.bool(), torch.cat(pieces))
+    return torch.zeros_like(rollout.mask).masked_scatter(inside, torch.cat(pieces))
 
 
 def kl_loss(logp, ref_logp, old_logp, mask, denominator):
@@ -179,7 +197,7 @@ class Config:
     advantage: str = flag("grpo", "how rewards become advantages", choices=("grpo", "rloo", "reinforce++", "dr_grpo"))
     aggregation: str = flag("token", "mean over all tokens, per answer first, or over a constant length",
                             choices=("token", "sequence", "constant"))
-    measure: str = flag("kl3", "what is held below delta at each token",
+    measure: str = flag("kl3", "what is held below delta at each token; kl: over the whole vocabulary, keeps the old states",
                         choices=("kl3", "ratio", "kl1", "abs_kl1", "kl2", "kl", "none"))
     delta: float = flag(None, "its threshold; 0.02 unless given, which is the usual 1 +- 0.2 for the ratio", type=float, above=0)
     clip_low: float = flag(None, "instead of --delta: ratios below 1 - this are cut when A < 0", type=float, low=0, high=1)
@@ -194,8 +212,6 @@ def main(argv=None):
     if cfg.prompts_per_step % (cfg.updates_per_rollout * size()):
         raise BadInput(f"--updates-per-rollout {cfg.updates_per_rollout}{f' x {size()} processes' * (size() > 1)} must divide "
                        f"--prompts-per-step {cfg.prompts_per_step}")
-    if cfg.measure == "kl" and size() > 1:
-        raise BadInput("--measure kl: keeps a copy of the old policy, and split weights cannot be copied; take one process")
     bounds, chosen = [b for b in (cfg.clip_low, cfg.clip_high) if b is not None], cfg.delta is not None or cfg.measure != "kl3"
     if len(bounds) == 1 or bounds and chosen:
         raise BadInput("--clip-low and --clip-high go together, and without --delta and --measure")
@@ -226,13 +242,13 @@ def main(argv=None):
         with run.clock("training"):
             old_logp = None if cfg.updates_per_rollout * cfg.ppo_epochs == 1 else score(        # (B, T)
                 model, rollout, useful, cfg.micro_batch_tokens, cfg.temperature)
-            old_model = copy.deepcopy(model) if cfg.measure == "kl" else None
+            kept = answer_states(model, rollout, useful, cfg.micro_batch_tokens) if cfg.measure == "kl" else None
             for update, rows in enumerate(updates * cfg.ppo_epochs):
                 for m in micro_batches(rows, rollout, cfg.micro_batch_tokens, useful):          # (b,) row numbers
                     part = rollout[m]
                     logp, _ = response_logprobs(model, part, cfg.temperature)                   # (b, T)
                     old = logp.detach() if old_logp is None else old_logp[m]                    # (b, T)
-                    divergence = None if old_model is None else exact_kl(model, old_model, part, cfg.temperature)  # (b, T)
+                    divergence = None if kept is None else exact_kl(model, kept[0][m], kept[1], part, cfg.temperature)  # (b, T)
                     loss, metrics = atr_grpo_loss(logp, old, advantages[m], mask[m], delta, cfg.measure, denominator[m],
                                                   window, divergence)
                     if reference is not None:

@@ -75,6 +75,8 @@ def cosine_reward(correct: bool, length: int, max_length: int, correct_range=(2.
                   exceed: float | None = -10.0, margin: int = 16) -> float:
     """§4.2: half a cosine from range[0] at length 0 to range[1] at max_length (tokens, with the stop token).
 
+        r = r_L + (r_0 - r_L) (1 + cos(pi length / max_length)) / 2
+
     `exceed` if length + margin >= max_length, right or wrong; None: no such check. ValueError for a positive wrong value.
     """
     if max(wrong_range) > 0:
@@ -109,7 +111,10 @@ def discounted_returns(rewards: torch.Tensor, gammas: torch.Tensor, mask: torch.
 
 
 def gae(rewards, values, mask, gamma: float = 1.0, lam: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Generalised advantage estimation (arXiv 1506.02438, eq. 16). (B, T) x3 -> advantages, returns (B, T), 0 where mask is."""
+    """Generalised advantage estimation (arXiv 1506.02438, eq. 16). (B, T) x3 -> advantages, returns (B, T), 0 where mask is.
+
+        A_t = delta_t + gamma lam A_{t+1},   delta_t = r_t + gamma V(s_{t+1}) - V(s_t),   return_t = A_t + V(s_t)
+    """
     advantages, following = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])  # (B, T), (B,)
     values = values * mask                                                              # (B, T), V(s_t)
     for t in reversed(range(rewards.shape[1])):
@@ -142,6 +147,8 @@ def whiten(advantages: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 def ppo_loss(logp, old_logp, advantages, mask, clip_low=0.2, clip_high=0.2, dual_clip=None, denominator=None):
     """The clipped surrogate (PPO, eq. 7), negated. All (B, T), log-probs in nats -> (scalar, metrics).
+
+        loss = -mean over tokens of min(r_t A_t, clip(r_t, 1 - clip_low, 1 + clip_high) A_t),   r_t = exp(logp_t - old_logp_t)
 
     denominator: what the sum over tokens is divided by, a number or (B, 1); default: the tokens in mask. Take it over the
     whole update when that is split into micro-batches. dual_clip c > 1 bounds the loss of a bad token by c |A|.

@@ -95,10 +95,12 @@ def gathered(module):
         part.set_reshard_after_forward(False, recurse=False)
         part.reshard()
         part.unshard()
-    yield
-    for part in parts:
-        part.reshard()
-        part.set_reshard_after_forward(True, recurse=False)
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.reshard()
+            part.set_reshard_after_forward(True, recurse=False)
 
 
 def whole(state):

@@ -15,18 +15,31 @@ from common.flags import OneLineParser, exit_on_bad_input
 
 COLOURS = {"grpo": "#0072B2", "bupo": "#D55E00", "kl3_grpo": "#009E73", "ppo": "#CC79A7", "entropy_min": "#E69F00",
            "long_cot_sft": "#56B4E9"}
+DASHES = ("-", "--", "-.", ":")
 PANELS = {"reward": ("share of answers right", ("reward",)), "entropy": ("entropy, nats per token", ("entropy",)),
           "length": ("tokens per answer", ("length",)),
           "clip": ("share of tokens clipped", ("clip_fraction", "clip_up", "clip_down")),
           "seconds": ("seconds a step", ("seconds_sampling", "seconds_verifying", "seconds_training"))}
 
 
-def plot_run(folder: pathlib.Path) -> None:
-    """Reads metrics.jsonl and summary.json of a run's folder, writes curve.png beside them."""
+def pyplot():
+    """matplotlib's pyplot, drawing into files alone; loaded only when something is drawn."""
     import matplotlib
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    import matplotlib.pyplot
+    return matplotlib.pyplot
 
+
+def looks_of(names) -> list[dict]:
+    """Colour and line of each name; four lines are told apart without colours."""
+    colours = list(COLOURS.values())
+    return [dict(label=name, color=colours[i % len(colours)], linestyle=DASHES[i % len(DASHES)], linewidth=2)
+            for i, name in enumerate(names)]
+
+
+def plot_run(folder: pathlib.Path) -> None:
+    """Reads metrics.jsonl and summary.json of a run's folder, writes curve.png beside them."""
+    plt = pyplot()
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((folder / "summary.json").read_text())
     steps = [row["step"] for row in rows]
@@ -57,32 +70,32 @@ def plot_run(folder: pathlib.Path) -> None:
     plt.close(figure)
 
 
+READINGS = {"entropy": "as in the paper, un-normed", "final_norm": "control: with the final norm", "l2_norm": "control: size"}
+
+
 def plot_internal(views: dict[str, dict], folder: pathlib.Path) -> None:
     """flow.png, changes.png and cosines.png of common.internal_policy: all models in each, told apart by colour and by line.
 
     views: {model: internal_view's, as lists, with "vocabulary": V and "boundary": {quantity: {tolerance: block or None}}}.
     """
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    colours, dashes = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"), ("-", "--", "-.", ":")
-    looks = [dict(label=name, color=colours[i % 6], linestyle=dashes[i % 4], linewidth=2) for i, name in enumerate(views)]
-    titles = {"entropy": "as in the paper, un-normed", "final_norm": "control: with the final norm", "l2_norm": "control: size"}
-
-    def finish(figure, axes, name):
-        for axis in axes:
+    plt = pyplot()
+    looks = looks_of(views)
+    for name, draw in (("flow.png", draw_flow), ("changes.png", draw_changes), ("cosines.png", draw_cosines)):
+        figure, axes = draw(plt, looks, list(views.values()))
+        for axis in axes.flat:
             axis.grid(alpha=0.25)
             axis.tick_params(labelsize=12)
-            axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
-        axes[0].legend(fontsize=12)
+            axis.locator_params(axis="x", integer=True)
+        axes.flat[0].legend(fontsize=12)
         figure.savefig(folder / name, dpi=110)
         plt.close(figure)
 
-    # flow: a line through layer in -> attention -> FFN -> layer out takes block l from x = l - 1 to l, in thirds
+
+def draw_flow(plt, looks, views):
+    """A line through layer in -> attention -> FFN -> layer out takes block l from x = l - 1 to l, in thirds."""
     figure, axes = plt.subplots(3, 1, figsize=(11, 11), sharex=True, constrained_layout=True)
-    for axis, quantity in zip(axes, titles):
-        for look, view in zip(looks, views.values()):
+    for axis, (quantity, title) in zip(axes, READINGS.items()):
+        for look, view in zip(looks, views):
             of = view[quantity]
             line = [of["layer_in"][0]] + [y for three in zip(of["attn_out"], of["ffn_out"], of["layer_out"]) for y in three]
             x = [i / 3 for i in range(len(line))]
@@ -92,33 +105,37 @@ def plot_internal(views: dict[str, dict], folder: pathlib.Path) -> None:
                 axis.plot(x[start::3], line[start::3], mark, color=look["color"], markersize=6, markerfacecolor=face)
             if quantity != "l2_norm":
                 axis.axhline(math.log(view["vocabulary"]), color=look["color"], linestyle=":", linewidth=1)
-        axis.set_title(titles[quantity], fontsize=14)
+        axis.set_title(title, fontsize=14)
         axis.set_ylabel("L2 norm" if quantity == "l2_norm" else "entropy (nats per token)", fontsize=13)
     axes[2].set_yscale("log")
     axes[2].set_xlabel("block   (dots: layer in and out;  triangles: attention;  squares: FFN;  dotted line: ln V)", fontsize=14)
-    finish(figure, axes, "flow.png")
+    return figure, axes
 
-    # changes: rows attention and FFN, columns as in the paper and with the final norm
+
+def draw_changes(plt, looks, views):
+    """Rows attention and FFN, columns as in the paper and with the final norm."""
     figure, axes = plt.subplots(2, 2, figsize=(12, 8), sharex=True, constrained_layout=True)
     for row, (module, what) in zip(axes, (("attn", "attention"), ("ffn", "FFN"))):
         for axis, quantity in zip(row, ("entropy", "final_norm")):
-            for look, view in zip(looks, views.values()):
+            for look, view in zip(looks, views):
                 change = [out - into for out, into in zip(view[quantity][f"{module}_out"], view[quantity][f"{module}_in"])]
                 axis.plot(range(1, len(change) + 1), change, marker="o", **look)
                 boundary = view["boundary"][quantity][0.05]
                 if module == "ffn" and boundary:
                     axis.axvline(boundary + 0.5, color=look["color"], linestyle=look["linestyle"], linewidth=1)
             axis.axhline(0, color="black", linewidth=1)
-            axis.set_title(f"{what}, {titles[quantity]}", fontsize=14)
+            axis.set_title(f"{what}, {READINGS[quantity]}", fontsize=14)
             axis.set_ylabel("entropy out − in (nats)", fontsize=13)
     for axis in axes[1]:
         axis.set_xlabel("block (thin vertical line: end of the exploration region)", fontsize=12)
-    finish(figure, axes.flat, "changes.png")
+    return figure, axes
 
-    # cosines: they know no size, so the control below is how large the module's output is beside the stream
+
+def draw_cosines(plt, looks, views):
+    """Cosines know no size, so the control below is how large a module's output is beside the stream."""
     figure, axes = plt.subplots(2, 2, figsize=(12, 8), sharex=True, constrained_layout=True)
     for column, module, what, stream in zip(axes.T, ("attn", "ffn"), ("attention", "FFN"), ("H^{l-1}", "H^{l-1}+A^l")):
-        for look, view in zip(looks, views.values()):
+        for look, view in zip(looks, views):
             blocks, size = range(1, len(view["cosine"][module]) + 1), view["l2_norm"]
             column[0].plot(blocks, view["cosine"][module], marker="o", **look)
             column[1].plot(blocks, [y / x for y, x in zip(size[f"{module}_out"], size["layer_in"])], marker="o", **look)
@@ -129,24 +146,20 @@ def plot_internal(views: dict[str, dict], folder: pathlib.Path) -> None:
         column[1].set_ylabel(f"‖${module[0].upper()}^l$‖ / ‖$H^{{l-1}}$‖", fontsize=13)
         column[1].set_ylim(bottom=0)
         column[1].set_xlabel("block", fontsize=13)
-    finish(figure, axes.flat, "cosines.png")
+    return figure, axes
 
 
 def plot_logits(found: dict[str, dict], path: pathlib.Path) -> None:
     """Histograms of entropy_min.logit_statistics, all models in both: every logit on the left, the authors' statistic right."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    colours, dashes = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"), ("-", "--", "-.", ":")
+    plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.4), constrained_layout=True)
     for axis, key, title in zip(axes, ("raw", "top_k"), ("all logits", "the largest, over the sampling temperature")):
-        for i, (name, of) in enumerate(found.items()):
+        for look, of in zip(looks_of(found), found.values()):
             share = [sum(of[key]["histogram"][x:x + 3]) for x in range(0, 600, 3)]
             inside = [x for x, y in enumerate(share) if y > 3e-5]
             axis.plot([-59.7 + 0.6 * x for x in range(inside[0], inside[-1] + 1)], share[inside[0]:inside[-1] + 1],
-                      dashes[i % 4], color=colours[i % 6], linewidth=2, label=f"{name}: skewness {of[key]['skewness']:.2f}")
-            axis.axvline(of[key]["mean"], color=colours[i % 6], linestyle=dashes[i % 4], linewidth=1)
+                      **look | {"label": f"{look['label']}: skewness {of[key]['skewness']:.2f}"})
+            axis.axvline(of[key]["mean"], color=look["color"], linestyle=look["linestyle"], linewidth=1)
         axis.set_title(title, fontsize=14)
         axis.set_xlabel("logit (thin vertical line: mean)", fontsize=12)
         axis.set_ylabel("share in a bin of 0.6", fontsize=12)
@@ -188,16 +201,13 @@ def group_runs(runs: list[dict]) -> dict[str, list[dict]]:
 
 def plot_runs(groups: dict[str, list[dict]], path: pathlib.Path) -> None:
     """Reward, entropy, length, clip fraction and seconds by step, accuracy before and after; means of a tenth of the run."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(2, 3, figsize=(14, 8), constrained_layout=True)
-    dashes, drawn = ("-", "--", "-.", ":"), {}
+    drawn = {}
     for label, runs in groups.items():
         script = runs[0]["script"]
         drawn[script] = drawn.get(script, -1) + 1
-        look = dict(color=COLOURS.get(script, "#777777"), linestyle=dashes[drawn[script] % 4])
+        look = dict(color=COLOURS.get(script, "#777777"), linestyle=DASHES[drawn[script] % 4])
         for axis, (title, keys) in zip(axes.flat, PANELS.values()):
             axis.set_title(title, fontsize=15)
             curves = []

@@ -22,6 +22,7 @@ JOBS = {  # name -> script, flags. 300 tokens: the ranks have different numbers 
     "adapters": ("grpo", f"{LOOP} --lora-rank 2 --advantage reinforce++"),
     "bupo": ("bupo", f"{LOOP} --internal-steps 1 --advantage reinforce++"),
     "kl3": ("kl3_grpo", f"{LOOP} --updates-per-rollout 2 --ppo-epochs 2"),
+    "kl": ("kl3_grpo", f"{LOOP} --updates-per-rollout 2 --measure kl --delta 1e-4"),
     "entropy": ("entropy_min", f"{COMMON} --steps 2 --group-size 16 --shots 2 --select 3 --select-k 2 --lr 1e-4 --micro-batch-tokens 300"),
     "sft": ("long_cot_sft", f"{COMMON} --teacher-problems 6 --samples 4 --teacher-max-new-tokens 100 --batch-size 5 --epochs 1 --lr 3e-4"),
     "ppo": ("ppo", f"{LOOP} --updates-per-rollout 2"),
@@ -121,7 +122,7 @@ if __name__ == "__main__":
         assert command("grpo", f"--resume {place / 'stopped-1'} --steps 2", place, "stopped-1") == 0
         codes = [command("grpo", "--prompts-per-step 3 --steps 1", place, "odd"),
                  command("entropy_min", "--group-size 9 --steps 1", place, "odd"),
-                 command("kl3_grpo", "--measure kl --steps 1", place, "odd")]
+                 command("grpo", "--offload-optimizer --steps 1", place, "odd")]
         if rank() == 0:
             (place / "codes.json").write_text(json.dumps(codes))
         everyone(0)

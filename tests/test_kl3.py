@@ -9,7 +9,7 @@ from conftest import random_model, rollout_of
 
 import grpo
 import kl3_grpo
-from kl3_grpo import atr_grpo_loss, clip_range, exact_kl, kl3
+from kl3_grpo import answer_states, atr_grpo_loss, clip_range, exact_kl, kl3
 
 DELTAS = [1e-8, 1e-4, 0.001, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 3.0]
 
@@ -133,7 +133,7 @@ def test_exact_kl(chunk):
     """At each answer token the sum over the vocabulary of p_old (log p_old - log p_new), from plain full logits."""
     new, old = random_model("qwen3", seed=0), random_model("qwen3", seed=1)
     rollout = rollout_of([[5, 6], [7, 8, 9]], torch.tensor([3, 1]), T=3)
-    got = exact_kl(new, old, rollout, temperature=0.7, chunk=chunk)
+    got = exact_kl(new, *answer_states(old, rollout, budget=6), rollout, temperature=0.7, chunk=chunk)
     for b, (prompt, k) in enumerate(zip(rollout.prompts, rollout.lengths.tolist())):
         ids = torch.tensor([prompt + rollout.tokens[b, :k].tolist()])
         q, p = ((m(ids).logits[0, len(prompt) - 1:-1] / 0.7).log_softmax(-1) for m in (new, old))

@@ -1,5 +1,6 @@
 """Every command in the README runs: small, and with local files under the names that are on the hub; links lead somewhere."""
 import ast
+import hashlib
 import importlib
 import json
 import pathlib
@@ -69,6 +70,13 @@ def test_command(command, place):
 def test_links():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_pages_are_those_of_the_files():
+    """docs/html is made from the files as they are."""
+    for page in (ROOT / "docs/html").glob("*.html"):
+        name, digest = re.search(r"<!-- (\S+) sha256 (\w+) -->", page.read_text()).groups()
+        assert digest == hashlib.sha256((ROOT / name).read_bytes()).hexdigest(), f"{page.name} is old: python docs/pages.py"
 
 
 def test_lines_of_the_table():

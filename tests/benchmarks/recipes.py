@@ -23,8 +23,8 @@ CASES = [("Qwen3-0.6B", 24, 1, 0, False), ("Qwen3-4B", 24, 1, 32, False), ("Qwen
          ("Qwen3-32B", 80, 8, 32, False), ("Qwen3-32B", 80, 64, 0, False)]
 
 
-def plan(name: str, card: int, ranks: int, rank: int, offload: bool) -> tuple[dict, int]:
-    """-> the plan in GiB for one card, and how many answers are decoded at once on it."""
+def plan(name: str, card: int, ranks: int, rank: int, offload: bool, answers: int = 0) -> tuple[dict, int]:
+    """-> the plan in GiB for one card, and how many of its answers (default: 128 over 8 cards or fewer) are decoded at once."""
     hidden, inner, blocks, heads, tied = SHAPES[name]
     with torch.device("meta"):
         model = Qwen3ForCausalLM(Qwen3Config(vocab_size=151936, hidden_size=hidden, intermediate_size=inner, head_dim=128,
@@ -34,7 +34,7 @@ def plan(name: str, card: int, ranks: int, rank: int, offload: bool) -> tuple[di
             model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
     common.models.size = lambda: ranks
     common.models.causal_lm(model).narrow = torch.bfloat16
-    rows, tokens, budget = 128 // min(ranks, 8), 2248, 16384 if card > 40 else 2048
+    rows, tokens, budget = answers or 128 // min(ranks, 8), 2248, 16384 if card > 40 else 2048
     at = lambda r: common.models.memory_plan(model, rows, tokens, budget, r, 0, offload)
     held = sum(gib for part, gib in at(1).items() if part not in ("cache and logits while sampling", "activations", "logits chunk",
                                                                   "peak"))
