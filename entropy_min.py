@@ -78,10 +78,9 @@ def answer_entropies(model, rollout, temperature: float, offset: int = 0) -> tor
 def choose_problems(run) -> list[dict]:
     """The --shots problems to train on: a given text, the most uncertain of --select, or the first of the shuffled data."""
     cfg = run.cfg
-    if cfg.problem or cfg.problem_file:
-        text = cfg.problem or pathlib.Path(cfg.problem_file).read_text(encoding="utf-8").strip()
+    if cfg.problem:
         context = causal_lm(run.model).config.max_position_embeddings - cfg.max_new_tokens
-        return encode_prompts(run.tokenizer, [{"problem": text, "answer": ""}], cfg.system, cfg.thinking, context)
+        return encode_prompts(run.tokenizer, [{"problem": cfg.problem, "answer": ""}], cfg.system, cfg.thinking, context)
     pool = batch_of(run.train, 0, max(cfg.select, cfg.shots), cfg.seed)
     if not cfg.select:
         return pool
@@ -190,8 +189,12 @@ def main(argv=None):
     if cfg.group_size % (cfg.shots * size()) or (cfg.problem or cfg.problem_file) and cfg.shots > 1:
         raise BadInput(f"--shots {cfg.shots}{f' x {size()} processes' * (size() > 1)} must divide --group-size {cfg.group_size}, "
                        "and --shots be 1 with --problem")
-    if cfg.problem_file and not pathlib.Path(cfg.problem_file).is_file():
-        raise BadInput(f"--problem-file {cfg.problem_file}: no such file")
+    if cfg.problem_file and not cfg.problem:
+        try:
+            cfg.problem = pathlib.Path(cfg.problem_file).read_text(encoding="utf-8").strip()
+        except (OSError, ValueError) as error:
+            why = (getattr(error, "strerror", None) or "not UTF-8").lower()
+            raise BadInput(f"--problem-file {cfg.problem_file}: {why}") from error
     if cfg.select and cfg.select < cfg.shots:
         raise BadInput(f"--select {cfg.select}: fewer than --shots {cfg.shots}")
     cfg.prompts_per_step = 1  # for the memory plan: group_size counts all answers here

@@ -10,7 +10,9 @@ four benchmarks of the long chain-of-thought paper, from the hub or a file with 
 import json
 import pathlib
 import random
+import re
 
+import jinja2
 from tqdm import tqdm
 
 from common import verify
@@ -28,6 +30,22 @@ ASK_FOR = {  # TheoremQA: what an answer of this type must look like to be compa
 }
 
 
+def is_text(x) -> bool:
+    """A string that has an encoding: JSON can spell half of a surrogate pair."""
+    return isinstance(x, str) and not re.search("[\ud800-\udfff]", x)
+
+
+def is_chat(x) -> bool:
+    """A list of messages, role and content of each a text."""
+    return isinstance(x, list) and bool(x) and all(
+        isinstance(m, dict) and is_text(m.get("role")) and is_text(m.get("content")) for m in x)
+
+
+def is_problem(x) -> bool:
+    """A text that is not blank, or a chat."""
+    return is_chat(x) or is_text(x) and bool(x.strip())
+
+
 def read_rows(name: str, split: str, flag: str = "--data"):
     """A local file's or a hub dataset's rows as they are, a list or a Dataset of dicts. `owner/set:config` names a hub
     configuration. Raises BadInput, which names the flag."""
@@ -37,12 +55,15 @@ def read_rows(name: str, split: str, flag: str = "--data"):
             raise BadInput(f"{flag} {name}: no such file")
         if path.suffix == ".parquet":
             from datasets import Dataset  # slow to import and only needed here and for the hub
-            return Dataset.from_parquet(str(path), keep_in_memory=True)
-        text = path.read_text(encoding="utf-8")
+            try:
+                return Dataset.from_parquet(str(path), keep_in_memory=True)
+            except Exception as error:  # pyarrow and datasets raise their own
+                raise BadInput(f"{flag} {name}: not parquet, {str(error).splitlines()[0][:200]}") from error
         try:
+            text = path.read_text(encoding="utf-8")
             rows = json.loads(text) if path.suffix == ".json" and text.lstrip()[:1] == "[" else [
                 json.loads(line) for line in text.split("\n") if line.strip()]  # splitlines would cut at U+2028 too
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested without end
             raise BadInput(f"{flag} {name}: not JSON, {error}") from error
         if not all(isinstance(row, dict) for row in rows):
             raise BadInput(f"{flag} {name}: every row must be an object with named columns")
@@ -117,10 +138,10 @@ def load_problems(name: str, split: str = "train", prompt_column: str | None = N
     kept, dropped = {}, 0
     for row in rows:
         problem, answer = row.get(problem_key), row.get(answer_key)
-        if problem:
+        if isinstance(problem, str):
             problem, answer = written_out({name.lower(): value for name, value in row.items()}, problem, answer)
         answer = gold_answer(answer)
-        if problem and verify.parses(answer):
+        if is_problem(problem) and verify.parses(answer):
             kept.setdefault(json.dumps(problem), {"problem": problem, "answer": answer})
         else:
             dropped += 1
@@ -181,8 +202,11 @@ def encode_prompt(tokenizer, problem: str | list[dict], system: str = "", thinki
         messages = [{"role": "system", "content": system}, *messages]
     if tokenizer.chat_template is None:
         return tokenizer("\n".join(m["content"] for m in messages) + "\n")["input_ids"]
-    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True,
-                                            enable_thinking=thinking)
+    try:
+        encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True,
+                                                enable_thinking=thinking)
+    except jinja2.TemplateError as error:  # an unknown role, two turns of one speaker, a system message where there is none
+        raise BadInput(f"the tokenizer's chat template refuses {str(messages)[:200]}: {str(error)[:200]}") from error
     return list(encoded["input_ids"])
 
 

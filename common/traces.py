@@ -13,7 +13,7 @@ import statistics
 import torch
 
 from common.checkpoints import writing
-from common.data import encode_prompt, read_rows
+from common.data import encode_prompt, is_chat, is_problem, is_text, read_rows
 from common.distributed import rank
 from common.errors import BadInput
 from common.sampling import Rollout
@@ -105,14 +105,13 @@ def load_traces(name: str, split: str) -> list[dict]:
     traces = []
     for row in rows:
         if columns == ("messages",):
-            messages = row.get("messages") or [{}]
-            pairs = [(messages[:-1], messages[-1].get("content") if messages[-1].get("role") == "assistant" else None)]
+            *asked, said = row["messages"] if is_chat(row.get("messages")) else [{}]
+            pairs = [(asked, said["content"] if said.get("role") == "assistant" else None)]
         else:
-            found = row.get(columns[1])
-            pairs = [(row.get(columns[0]), text) for text in (found if columns[1] == "completions" else [found])]
-        traces += [{"problem": problem, "completion": text[-1].get("content") if isinstance(text, list) and text else text}
-                   for problem, text in pairs]
-    good = [t for t in traces if t["problem"] and isinstance(t["completion"], str) and t["completion"].strip()]
+            problem, found = row.get(columns[0]), row.get(columns[1])
+            pairs = [(problem, text) for text in (found if columns[1] == "completions" and isinstance(found, list) else [found])]
+        traces += [{"problem": problem, "completion": text[-1]["content"] if is_chat(text) else text} for problem, text in pairs]
+    good = [t for t in traces if is_problem(t["problem"]) and is_text(t["completion"]) and t["completion"].strip()]
     print(f"traces: {name}: {len(rows)} rows, {' + '.join(columns)}; dropped: {len(traces) - len(good)} without prompt or answer")
     if not good:
         raise BadInput(f"--traces {name}: no row has both a prompt and an answer of the assistant")

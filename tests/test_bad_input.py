@@ -44,6 +44,9 @@ TABLE = [
     (["a script", *MODULES], "--data folder.jsonl", "--data folder.jsonl"),
     (["a script", *MODULES], "--data empty.jsonl", "--data empty.jsonl: no rows"),
     (["a script", *MODULES], "--data notes.txt", "--data notes.txt"),
+    (["a script", *MODULES], "--data binary.jsonl", "--data binary.jsonl: not JSON"),
+    (["a script", *MODULES], "--data nested.jsonl", "--data nested.jsonl: not JSON"),    # brackets without end
+    (["a script", *MODULES], "--data binary.parquet", "--data binary.parquet: not parquet"),
     (["a script", *MODULES], "--data nobody/nothing", "--data nobody/nothing"),
     (["a script", *MODULES], "--data columns.jsonl", "no problem / question / prompt / query column, the data has: text"),
     (["a script", *MODULES], "--data good.jsonl --answer-column nope", "no nope column"),
@@ -75,6 +78,7 @@ TABLE = [
     (["kl3_grpo"], "--clip-low 0.2", "go together"),
     (["entropy_min"], "--shots 3", "--shots 3 must divide"),
     (["entropy_min"], "--problem-file missing.txt", "no such file"),
+    (["entropy_min"], "--problem-file binary.jsonl", "--problem-file binary.jsonl: not utf-8"),
     (["common.evaluate"], "--k 0", "--k 0: must be at least 1"),
     (["common.internal_policy"], "--sample-layer 9", "has blocks 1 (lowest) to 8"),
     (["common.verify"], "", "pairs.jsonl"),
@@ -156,6 +160,9 @@ def make_workspace(here):
                       ("long", {"problem": "9+" * 600 + "1", "answer": "2"})):
         (here / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
     (here / "empty.jsonl").write_text("")
+    (here / "nested.jsonl").write_text("[" * 200_000)
+    for name in ("binary.jsonl", "binary.parquet"):
+        (here / name).write_bytes(bytes(range(255, 0, -1)))
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from common.data import batch_of, encode_prompt, encode_prompts, gold_answer, lo
 from common.errors import BadInput
 from common.evaluate import pass_at_k
 from common.models import load_tokenizer
+from common.traces import encode_traces, load_traces
 
 
 @pytest.mark.parametrize("row, problem, answer", [
@@ -162,3 +163,25 @@ def test_pass_at_k_by_hand():
     for bad in ((4, 5, 1), (4, 1, 5), (4, -1, 1), (4, 1, 0)):
         with pytest.raises(ValueError):
             pass_at_k(*bad)
+
+
+ODD = [5, True, None, "", " ", [], [1, 2], ["a"], [[1]], {"a": 1}, [{"role": "user"}], [{"content": "x"}], "\ud800", "x\u2028y",
+       [{"role": "user", "content": 5}], [{"role": "zzz", "content": "x"}], [{"role": "user", "content": [{"text": "hi"}]}]]
+
+
+@pytest.mark.parametrize("columns", [("problem", "answer"), ("prompt", "completion"), ("problem", "completions"), ("messages",)])
+def test_cells_of_any_type(columns, tmp_path):
+    """Whatever JSON can hold in a cell is used, dropped with a count, or refused in one line."""
+    tokenizer, path = load_tokenizer("tiny"), tmp_path / "rows.jsonl"
+    for problem in ODD:
+        for answer in [*ODD, "7", "\\boxed{" * 500, {"ground_truth": {"x": 1}}, {"ground_truth": "4"}]:
+            chat = [{"role": "user", "content": problem}, {"role": "assistant", "content": answer}]
+            for row in [dict(zip(columns, (problem, answer)))] if len(columns) > 1 else [{"messages": problem}, {"messages": chat}]:
+                path.write_text(json.dumps(row) + "\n")
+                try:
+                    if columns[-1] == "answer":
+                        encode_prompts(tokenizer, load_problems(str(path)), "be brief", False, 400)
+                    else:
+                        encode_traces(tokenizer, load_traces(str(path), "train"), "be brief", False, 400, {"x"})
+                except BadInput as error:
+                    assert "\n" not in str(error)

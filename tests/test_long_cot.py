@@ -407,7 +407,7 @@ def test_construct_needs_a_chat_model(tmp_path):
 
 def test_construct_asks_a_real_model(model_folder):
     """A random model writes no verdicts: the machine asks it up to --max-turns times and gives up; every reply that is cut off ends a chain."""
-    cfg = argparse.Namespace(source="construct", teacher=str(model_folder), data="x", device="cpu", dtype="auto", teacher_system="", thinking=False,
+    cfg = argparse.Namespace(source="construct", teacher=str(model_folder), data="x", device="cpu", dtype="auto", cuda_graphs=False, teacher_system="", thinking=False,
                              teacher_max_new_tokens=4, teacher_temperature=1.0, teacher_top_p=1.0, samples=2, seed=0, max_turns=6)
     real, long_cot_sft.is_small = long_cot_sft.is_small, lambda name: False
     try:
