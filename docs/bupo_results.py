@@ -1,6 +1,6 @@
 """BuPO's claims on the embedded model -> docs/results/bupo.{json,md} and its figures.
 
-    python docs/bupo_results.py            # twelve arms, five seeds, two runs at a time: about an hour; finished runs are kept
+    python docs/bupo_results.py            # twelve arms, five seeds, two runs at a time: forty minutes; finished runs are kept
 """
 import math
 import statistics

@@ -1,6 +1,6 @@
 """One-shot entropy minimization's claims on the embedded model -> docs/results/entropy_min.{json,md} and its figures.
 
-    python docs/em_results.py              # 15 arms, eight seeds, two runs at a time: about half an hour; finished runs are kept
+    python docs/em_results.py              # 15 arms, eight seeds, two runs at a time: twenty minutes; finished runs are kept
 """
 import statistics
 from collections import Counter

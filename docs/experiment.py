@@ -96,7 +96,7 @@ def runs(experiment: str, arms: dict, seeds: int, workers: int = 2, first: int =
     """arms: name -> (script, flags, ...), {seed} and {runs} filled in; seeds first, first + 1, .... watch: probe, every, after,
     prepare, for all; an arm's own come in a dict as its last element. -> name -> a result a seed, in order."""
     git = lambda *command: subprocess.run(["git", *command], capture_output=True, text=True, cwd=ROOT).stdout.strip()
-    edited = " with uncommitted edits" if git("status", "--porcelain", "--untracked-files=no") else ""
+    edited = " with uncommitted edits" if git("status", "--porcelain", "--untracked-files=no", ".", ":!docs/results") else ""
     commit, base, jobs = git("rev-parse", "--short", "HEAD") + edited, ROOT / "runs" / "docs" / experiment, []
     for seed in range(first, first + seeds):
         for name, arm in arms.items():

@@ -42,7 +42,8 @@ def main():
     entropy = lambda name: statistics.fmean(row["entropy"] for r in results[name] for row in r["rows"][-4:])
     first = {"EM, then GRPO": "one-shot EM", "SFT, then PPO": "long-CoT SFT"}  # whose seconds count too
     deviation = lambda values: statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    spread = lambda values: "{:.3f} ± {:.3f} ({:.3f} to {:.3f})".format(*(f(values) for f in (statistics.fmean, deviation, min, max)))
+    figures = (statistics.fmean, deviation, min, max)
+    spread = lambda values: "{:.3f} ± {:.3f} ({:.3f} to {:.3f})".format(*(f(values) for f in figures))
     rows = [[name, spread(accuracy(name)), "" if name == "GRPO" else ex.paired(accuracy(name), accuracy("GRPO")),
              f"{statistics.fmean(s['64'] for s in of(name, 'pass_at_after')):.3f}", f"{mean(name, 'length_after'):.0f}",
              f"{entropy(name):.3f}", f"{mean(name, 'seconds') + (mean(first[name], 'seconds') if name in first else 0):.0f}",
@@ -51,9 +52,9 @@ def main():
     before = of("GRPO", "avg_at_k_before")[0], of("GRPO", "pass_at_before")[0]["64"], of("GRPO", "length_before")[0]
     heads = ["method", "Avg@64", "minus GRPO, paired", "Pass@64", "tokens", "entropy", "seconds", "answers drawn", "labels"]
     text = ex.table(heads, [["before", f"{before[0]:.3f}", "", f"{before[1]:.3f}", f"{before[2]:.0f}", "", "", "", ""], *rows])
-    text += ("\nAvg@64: mean of 64 answers at temperature 1 to each of 128 held-out problems, what Avg@8 estimates with more noise; mean "
-             f"of {args.seeds} seeds ± its standard error (lowest to highest seed). The problems are the same for all; one run's "
-             f"standard error over problems is {error:.3f}. Entropy: nats a token, last 4 steps "
+    text += ("\nAvg@64: mean of 64 answers at temperature 1 to each of 128 held-out problems, what Avg@8 estimates with more "
+             f"noise; mean of {args.seeds} seeds ± its standard error (lowest to highest seed). All have the same problems; "
+             f"one run's standard error over problems is {error:.3f}. Entropy: nats a token, last 4 steps "
              "(of the teacher's tokens for SFT). Seconds: of one core while another run has the other, evaluation included.\n")
     earlier = {name: [r["avg_at_k_after"] for r in of] for name, of in
                json.loads((ex.ROOT / "docs" / "results" / "bupo.json").read_text()).items()}

@@ -1,4 +1,5 @@
-"""What does a step cost on a CPU? grpo.py against TRL's GRPOTrainer, sampling against model.generate, and how cost grows.
+"""What does a step cost on a CPU? grpo.py against TRL's GRPOTrainer, sampling against model.generate, BuPO's phases, and
+how cost grows.
 
     python tests/benchmarks/step_time.py                    # ten minutes on one idle core; writes nothing
     pip install trl                                         # the rival; without it that table is left out
@@ -119,6 +120,24 @@ def against_generate(rounds: int) -> None:
     print(f"\nratio of medians: {statistics.median(rates['sample()']) / statistics.median(rates['model.generate']):.2f}")
 
 
+def phases(rounds: int) -> None:
+    """What bupo.py trains in its first phase, block 5 of 8, against the whole model: forward and backward of the same answers."""
+    model, tokenizer = load_model("tiny"), load_tokenizer("tiny")
+    prompts = [row["prompt"] for row in encode_prompts(tokenizer, load_problems("arithmetic")[:8], "", False, 400)]
+    seconds = {5: [], None: []}
+    for r in range(rounds + 1):
+        rollout = sample(model, tokenizer, prompts, 16, 80, seed=r)
+        for layer, found in seconds.items():
+            started = time.perf_counter()
+            for m in micro_batches(torch.arange(len(rollout.lengths)), rollout, 1024):
+                (response_logprobs(model, rollout[m], layer=layer)[0].sum() / 1e4).backward()
+            found.append(time.perf_counter() - started)
+    first, whole = seconds[5][1:], seconds[None][1:]
+    print("\n| training on the same answers, seconds | median (lowest to highest) |\n| --- | --- |")
+    print(f"| the policy of block 5 of 8 | {show(first)} |\n| the whole model's | {show(whole)} |")
+    print(f"\nratio of medians: {statistics.median(first) / statistics.median(whole):.2f}")
+
+
 def growth() -> None:
     """Random weights, whose answers seldom end: group size, length and width, one changed at a time."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -149,7 +168,7 @@ def growth() -> None:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--only", choices=("trl", "generate", "growth"))
+    parser.add_argument("--only", choices=("trl", "generate", "phases", "growth"))
     args = parser.parse_args()
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
@@ -157,6 +176,8 @@ def main():
         against_trl(args.turns)
     if args.only in (None, "generate"):
         against_generate(10)
+    if args.only in (None, "phases"):
+        phases(10)
     if args.only in (None, "growth"):
         growth()
 
