@@ -36,11 +36,10 @@ from common.data import batch_of
 from common.distributed import share, size, total
 from common.errors import BadInput
 from common.flags import Shared, exit_on_bad_input, flag, parse_flags
-from common.internal_policy import hidden_states
-from common.logprobs import micro_batches, response_logprobs, score
-from common.models import causal_lm, initial_model
+from common.logprobs import answer_states, exact_kl, micro_batches, response_logprobs, score
+from common.models import initial_model
 from common.run import start
-from common.sampling import join, sample
+from common.sampling import sample
 from common.verify import reward
 
 
@@ -133,39 +132,6 @@ def atr_grpo_loss(logp, old_logp, advantages, mask, delta=0.02, measure="kl3", d
     return -mean(surrogate), {"clip_up": mean((outward & (A > 0)).float()).item(),
                               "clip_down": mean((outward & (A < 0)).float()).item(),
                               "kl3": mean(kl3(log_ratio.detach())).item(), "ratio_max": (ratio * mask).max().item()}
-
-
-@torch.no_grad()
-def answer_states(model, rollout, useful=None, budget: int = 4096) -> tuple[torch.Tensor, torch.Tensor]:
-    """What tells a policy's distributions later: the states before its answer tokens (B, T, D), a copy of the unembedding (V, D).
-
-    0 in rows that are not useful ((B,), True or False; None: all are). About `budget` tokens at a time.
-    """
-    mask, states = rollout.mask.bool(), None                                            # (B, T)
-    for m in micro_batches(torch.arange(len(mask), device=mask.device), rollout, budget, useful):  # (b,) row numbers
-        part = rollout[m]
-        ids, predicts = join(part.prompts, part.tokens, part.lengths)                   # (b, S) each
-        hidden = hidden_states(model, ids)[predicts]                                    # (N, D)
-        states = hidden.new_zeros(*mask.shape, hidden.shape[1]) if states is None else states  # (B, T, D)
-        states[m] = states[m].masked_scatter(mask[m][..., None], hidden)
-    return states, causal_lm(model).lm_head.weight.detach().clone()
-
-
-@torch.no_grad()
-def exact_kl(model, old_states, old_weight, rollout, temperature=1.0, chunk=None) -> torch.Tensor:
-    """KL(old || new) over the whole vocabulary at every answer token of a rollout, nats, 0 outside -> (B, T).
-
-    old_states (B, T, D), old_weight (V, D): from answer_states() of the old model. `chunk` tokens at a time, so that no (B, T, V)
-    is built. The measure of Truly PPO (arXiv 1903.07940).
-    """
-    ids, predicts = join(rollout.prompts, rollout.tokens, rollout.lengths)              # (B, S) each
-    new, inside = hidden_states(model, ids)[predicts], rollout.mask.bool()              # (N, D), (B, T)
-    heads = causal_lm(model).lm_head.weight, old_weight                                 # (V, D) each
-    chunk, pieces = chunk or max(1, (1 << 26) // len(old_weight)), []
-    for states in zip(new.split(chunk), old_states[inside].split(chunk)):               # (n, D) each
-        q, p = (((h @ head.T).float() / temperature).log_softmax(-1) for h, head in zip(states, heads))  # (n, V) each
-        pieces.append((p.exp() * (p - q)).sum(-1))
-    return torch.zeros_like(rollout.mask).masked_scatter(inside, torch.cat(pieces))
 
 
 def kl_loss(logp, ref_logp, old_logp, mask, denominator):

@@ -8,7 +8,7 @@ Run:   python ppo.py                                   the embedded model learns
 See:   reward (share of right answers) rises as in grpo.py, score (what is trained on) with it; explained_variance (1: the critic
        knows every return, 0: only their mean) stays near 0 in a run as short as the embedded model's; exceeded stays low.
 
-This file is grpo.py with a critic in place of the group: diff grpo.py ppo.py.
+This file is grpo.py with a critic in place of the group: diff grpo.py ppo.py. Longest of all: rewards, returns, values by token.
 
 Deviations ledger: topic | paper | the authors' code (a fork of OpenRLHF) | here, and why
   cosine           | r_0 and r_L stand where they would land at the wrong ends | r_0 at length 0, r_L at the limit | as the code

@@ -9,6 +9,7 @@ import os
 import pathlib
 import shutil
 
+import torch
 from safetensors import SafetensorError
 
 from common.distributed import rank, size, whole
@@ -106,6 +107,16 @@ def newest(folder: pathlib.Path, script: str) -> tuple[pathlib.Path | None, int]
     if said:
         raise BadInput(f"--resume {folder}: no checkpoint can be used; {said[0]}")
     return None, 0
+
+
+def write_checkpoint(folder: pathlib.Path, model, tokenizer, weights: dict | None, states: dict, script: str, step: int) -> None:
+    """A checkpoint of a script's run after `step` steps: model/, a <name>.pt for each of states, its label. The last two stay."""
+    with whole_folder(folder) as temporary:
+        save_model(model, tokenizer, temporary / "model", weights)
+        for name, state in states.items():
+            torch.save(state, temporary / f"{name}.pt")
+        label(temporary, script, step)
+    prune(folder)
 
 
 def prune(checkpoint: pathlib.Path) -> None:

@@ -109,10 +109,16 @@ def main(argv=None):
     longest = causal_lm(model).config.max_position_embeddings - cfg.max_new_tokens
     rows = encode_prompts(tokenizer, rows, cfg.system, cfg.thinking, longest)
     print(f"first prompt: {tokenizer.decode(rows[0]['prompt'])!r}")
+    try:  # now, not after the last answer
+        output.parent.mkdir(parents=True, exist_ok=True)
+        trial = output.with_name(f"{output.name}.{rank()}.tmp")
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise BadInput(f"--output {output}: cannot write there ({error.strerror})") from error
     result = evaluate(model, tokenizer, rows, cfg.k, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.seed)
     rows = [*result.pop("answers"), {"summary": {**result, "flags": vars(cfg)}}]
     if rank() == 0:
-        output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     print(describe(result))
     print("   ".join(f"Pass@{j} {value:.3f}" for j, value in result["pass_at"].items()))

@@ -1,4 +1,4 @@
-"""Log-probs of given answers under a model or under one of its internal layer policies, without a (B, T, V) tensor.
+"""Log-probs of given answers under a model or one of its internal layer policies, and KLs, without a (B, T, V) tensor.
 
     logp, entropy = response_logprobs(model, rollout)             # (B, T) each, zero outside the answers
 
@@ -86,3 +86,36 @@ def score(model, rollout, useful: torch.Tensor | None, budget: int, temperature:
     for m in micro_batches(torch.arange(len(logp), device=logp.device), rollout, budget, useful):
         logp[m], _ = response_logprobs(model, rollout[m], temperature, layer, final_norm)
     return logp
+
+
+@torch.no_grad()
+def answer_states(model, rollout, useful=None, budget: int = 4096) -> tuple[torch.Tensor, torch.Tensor]:
+    """What tells a policy's distributions later: the states before its answer tokens (B, T, D), a copy of the unembedding (V, D).
+
+    0 in rows that are not useful ((B,), True or False; None: all are). About `budget` tokens at a time.
+    """
+    mask, states = rollout.mask.bool(), None                                            # (B, T)
+    for m in micro_batches(torch.arange(len(mask), device=mask.device), rollout, budget, useful):  # (b,) row numbers
+        part = rollout[m]
+        ids, predicts = join(part.prompts, part.tokens, part.lengths)                   # (b, S) each
+        hidden = hidden_states(model, ids)[predicts]                                    # (N, D)
+        states = hidden.new_zeros(*mask.shape, hidden.shape[1]) if states is None else states  # (B, T, D)
+        states[m] = states[m].masked_scatter(mask[m][..., None], hidden)
+    return states, causal_lm(model).lm_head.weight.detach().clone()
+
+
+@torch.no_grad()
+def exact_kl(model, old_states, old_weight, rollout, temperature=1.0, chunk=None) -> torch.Tensor:
+    """KL(old || new) over the whole vocabulary at every answer token of a rollout, nats, 0 outside -> (B, T).
+
+    old_states (B, T, D), old_weight (V, D): from answer_states() of the old model. `chunk` tokens at a time, so that no (B, T, V)
+    is built. The measure of Truly PPO (arXiv 1903.07940).
+    """
+    ids, predicts = join(rollout.prompts, rollout.tokens, rollout.lengths)              # (B, S) each
+    new, inside = hidden_states(model, ids)[predicts], rollout.mask.bool()              # (N, D), (B, T)
+    heads = causal_lm(model).lm_head.weight, old_weight                                 # (V, D) each
+    chunk, pieces = chunk or max(1, (1 << 26) // len(old_weight)), []
+    for states in zip(new.split(chunk), old_states[inside].split(chunk)):               # (n, D) each
+        q, p = (((h @ head.T).float() / temperature).log_softmax(-1) for h, head in zip(states, heads))  # (n, V) each
+        pieces.append((p.exp() * (p - q)).sum(-1))
+    return torch.zeros_like(rollout.mask).masked_scatter(inside, torch.cat(pieces))

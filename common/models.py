@@ -3,6 +3,7 @@ import contextlib
 import math
 import os
 import pathlib
+import sys
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -189,3 +190,13 @@ def max_rows_for(model, tokens: int) -> int:
     if device.type == "cuda":  # what torch has reserved but not handed out is free as well
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return max(1, min(512, math.floor(free / 2 / row)))
+
+
+def peak_bytes() -> float:
+    """The most memory so far: of the GPU if there is one, else the resident set; NaN on Windows."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    if os.name == "nt":
+        return math.nan
+    import resource  # not on Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -18,7 +18,6 @@ import pathlib
 import platform
 import signal
 import statistics
-import sys
 import time
 
 import torch
@@ -27,14 +26,13 @@ from tqdm import tqdm
 
 from common.checkpoints import (
     clean,
-    label,
     newest,
-    prune,
     save_model,
     sync,
     whole_folder,
     whole_weights,
     write_atomically,
+    write_checkpoint,
     writing,
 )
 from common.data import encode_prompts, load_train_and_eval
@@ -42,7 +40,7 @@ from common.distributed import everyone, rank, size, split_like, total, whole
 from common.errors import BadInput
 from common.evaluate import describe, evaluate
 from common.flags import read_config
-from common.models import causal_lm, load_model, load_tokenizer, max_rows_for, memory_plan
+from common.models import causal_lm, load_model, load_tokenizer, max_rows_for, memory_plan, peak_bytes
 from common.optim import MasterAdamW
 from common.plot import plot_run
 
@@ -277,13 +275,9 @@ class Run:
         weights, states = whole_weights(self.model), {name: whole(part.state_dict()) for name, part in self.parts.items()}
         if rank() > 0:
             return
-        with writing(self.folder), whole_folder(folder) as temporary:
+        with writing(self.folder):
             sync(self.folder / "metrics.jsonl")  # rows up to here are not made again
-            save_model(self.model, self.tokenizer, temporary / "model", weights)
-            for name, state in states.items():
-                torch.save(state, temporary / f"{name}.pt")
-            label(temporary, self.name, step)
-        prune(folder)
+            write_checkpoint(folder, self.model, self.tokenizer, weights, states, self.name, step)
 
     def finish(self) -> None:
         """Evaluates, saves the model, draws curve.png, prints sample answers and where everything lies."""
@@ -352,13 +346,3 @@ def start(cfg, name: str) -> Run:
     if cfg.resume:
         print(f"going on from step {run.first} of {cfg.steps} in {run.folder}" + " (no checkpoint yet)" * (not run.checkpoint))
     return run
-
-
-def peak_bytes() -> float:
-    """The most memory so far: of the GPU if there is one, else the resident set; NaN on Windows."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    if os.name == "nt":
-        return math.nan
-    import resource  # not on Windows
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -72,6 +72,16 @@ def keep_top_p(logp: torch.Tensor, top_p: float) -> torch.Tensor:
     return logp.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
 
 
+def distributions(scores: torch.Tensor, temperature: float, top_p: float, penalty: float,
+                  said: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (A, V) -> log-probs of the model, and those that are drawn from, tokens in said (A, V) made weaker. (A, V) each."""
+    full = drawn = (scores / (temperature or 1.0)).log_softmax(-1)                                          # (A, V)
+    if penalty != 1:
+        weaker = torch.where(scores > 0, scores / penalty, scores * penalty)                                # (A, V)
+        drawn = (torch.where(said, weaker, scores) / (temperature or 1.0)).log_softmax(-1)
+    return full, drawn if top_p >= 1 else keep_top_p(drawn, top_p)
+
+
 def pick(probs: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """The first token at which the running sum of probs (R, V), not necessarily normalised, exceeds u (R,) in [0, 1). -> (R,)"""
     upto = probs.cumsum(-1, dtype=torch.float64)                                                            # (R, V)
@@ -86,6 +96,17 @@ def record(step, pool):
     return graph.replay
 
 
+def prefill(lm, prompts: list[list[int]], device) -> tuple[Cache, torch.Tensor, torch.Tensor]:
+    """Reads the prompts, padded on the left -> their cache, the states that predict what follows (P, D), their lengths (P,)."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)                        # (P, S)
+    seen = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)            # (P, S)
+    cache = Cache(layer_class_to_replicate=SlotLayer)
+    states = lm.model(input_ids=ids, attention_mask=seen, position_ids=(seen.cumsum(-1) - 1).clamp(min=0),
+                      past_key_values=cache, use_cache=True).last_hidden_state
+    return cache, states[:, -1], seen.sum(-1)
+
+
 @torch.inference_mode()
 def decode(model, prompts: list[list[int]], rows: torch.Tensor, max_new_tokens: int, temperature: float, top_p: float,
            stop: torch.Tensor, noise: torch.Tensor, repetition_penalty: float = 1.0,
@@ -97,16 +118,12 @@ def decode(model, prompts: list[list[int]], rows: torch.Tensor, max_new_tokens: 
     """
     lm, device, R, width = causal_lm(model), rows.device, len(rows), max(map(len, prompts))
     look, grain = (16, 256) if graphs else (1, 16)  # steps between two looks at who has ended; the cache grows by so many slots
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)                        # (P, S), left-padded
-    seen = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)            # (P, S)
-    cache = Cache(layer_class_to_replicate=SlotLayer)
-    hidden = lm.model(input_ids=ids, attention_mask=seen, position_ids=(seen.cumsum(-1) - 1).clamp(min=0),
-                      past_key_values=cache, use_cache=True).last_hidden_state[:, -1]                       # (P, D)
+    cache, hidden, length = prefill(lm, prompts, device)                                                    # (P, D), (P,)
     slot = rows.new_full((1,), width)                                                                       # of the latest token
     tokens = rows.new_zeros(R, max_new_tokens)                                                              # (R, T)
     logp, entropy = hidden.new_zeros(2, R, max_new_tokens, dtype=torch.float32)                             # (R, T) each
     alive, token = torch.arange(R, device=device), torch.zeros_like(rows)                                   # (A,) rows left
-    begin, ended = width - seen.sum(-1)[rows], torch.zeros_like(rows).bool()                                # (A,) first slot
+    begin, ended = width - length[rows], torch.zeros_like(rows).bool()                                      # (A,) first slot
     said = rows.new_zeros(R, lm.config.vocab_size if repetition_penalty != 1 else 0).bool()                 # (R, V) tokens seen
     if repetition_penalty != 1:
         for row, prompt in enumerate(rows.tolist()):
@@ -114,14 +131,8 @@ def decode(model, prompts: list[list[int]], rows: torch.Tensor, max_new_tokens: 
 
     def draw(hidden):  # (A, D)
         t = slot - width                                                                                    # (1,)
-        scores = lm.lm_head(hidden).float()                                                                 # (A, V)
-        full = torch.log_softmax(scores / (temperature or 1.0), -1)                                         # (A, V)
-        drawn = full                                                                                        # (A, V)
-        if repetition_penalty != 1:
-            penalised = torch.where(scores > 0, scores / repetition_penalty, scores * repetition_penalty)
-            drawn = (torch.where(said[alive], penalised, scores) / (temperature or 1.0)).log_softmax(-1)
-        probs = (drawn if top_p >= 1 else keep_top_p(drawn, top_p)).exp()
-        token.copy_(drawn.argmax(-1) if temperature == 0 else pick(probs, noise.index_select(1, t)[:, 0]))
+        full, drawn = distributions(lm.lm_head(hidden).float(), temperature, top_p, repetition_penalty, said[alive])  # (A, V)
+        token.copy_(drawn.argmax(-1) if temperature == 0 else pick(drawn.exp(), noise.index_select(1, t)[:, 0]))
         tokens[alive, t] = token
         if repetition_penalty != 1:
             said[alive, token] = True

@@ -1,6 +1,6 @@
 """Demystifying Long CoT's claims on the embedded model -> docs/results/long_cot.{json,md} and its figures.
 
-    python docs/long_cot_results.py        # 9 fine-tunings and 26 RL runs, three seeds: 50 minutes on two cores
+    python docs/long_cot_results.py        # 9 fine-tunings and 26 RL runs, five seeds: 80 minutes on two cores
 
 Chains are distilled (long, short, N answers a problem), constructed, or kept without verification; then PPO goes on from them.
 The limit of 112 tokens for RL is twice the mean length of a long chain: it can be hit.
@@ -49,7 +49,7 @@ REINFORCED = {
 
 
 def main():
-    args = ex.arguments(__doc__, seeds=3)
+    args = ex.arguments(__doc__, seeds=5)
     results = ex.runs("long_cot", TUNED, args.seeds, args.workers)
     results |= ex.runs("long_cot", REINFORCED, args.seeds, args.workers)
     of = lambda name, key: [r["summary"][key] for r in results[name]]

@@ -55,6 +55,7 @@ TABLE = [
     (["a script", "common.internal_policy"], "--output full", "full: holds something already"),
     (["a script", "common.internal_policy"], "--output notes.txt", "notes.txt: holds something already"),
     (["common.evaluate"], "--output notes.txt", "notes.txt: exists already"),
+    (["common.evaluate"], "--output notes.txt/answers.jsonl", "notes.txt/answers.jsonl: cannot write there"),
     (["a script", "common.internal_policy"], "--output notes.txt/run", "notes.txt/run: cannot write there"),
     (SCRIPTS, "--resume missing", "--resume missing: no run there"),
     (SCRIPTS, "--resume empty", "--resume empty: no run there"),

@@ -9,7 +9,8 @@ from conftest import random_model, rollout_of
 
 import grpo
 import kl3_grpo
-from kl3_grpo import answer_states, atr_grpo_loss, clip_range, exact_kl, kl3
+from common.logprobs import answer_states, exact_kl
+from kl3_grpo import atr_grpo_loss, clip_range, kl3
 
 DELTAS = [1e-8, 1e-4, 0.001, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 3.0]
 
