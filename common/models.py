@@ -82,8 +82,8 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto", lora_rank: 
     sample() replays recorded steps of it. Raises BadInput for a model or a device that is not there.
     """
     place = pick_device(device)
-    if cuda_graphs and place.type != "cuda":
-        raise BadInput(f"--cuda-graphs: the device is {place}, not a CUDA one")
+    if cuda_graphs and (place.type != "cuda" or size() > 1):  # FSDP's streams would be caught in a recording and never leave it
+        raise BadInput(f"--cuda-graphs: the device is {place} and there are {size()} processes; it needs a CUDA device and one")
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(dtype) or (
         torch.float32 if place.type == "cpu" else torch.bfloat16)
     model = _from_pretrained(AutoModelForCausalLM, name, dtype=dtype, attn_implementation="sdpa", use_safetensors=True)

@@ -87,8 +87,9 @@ def merged(sections: list[dict]) -> list[dict]:
 def page(name: str) -> str:
     source = (ROOT / name).read_text()
     language = get_language(name, source)
-    closed = re.sub(r'^( *)(?!""")(\S.*)"""$', r'\1\2\n\1"""', source, flags=re.M)  # pycco wants an end on a line of its own
-    sections = merged(parse(closed, language))
+    source_for_pycco = re.sub(r'^( *)(?!""")(\S.*)"""$', r'\1\2\n\1"""', source, flags=re.M)  # an end on a line of its own, and
+    source_for_pycco = re.sub(r"(?<=\n\n)(?=@|class |def )", "#\n", source_for_pycco)           # a comment where a part begins
+    sections = merged(parse(source_for_pycco, language))
     top = opening(sections[0]["docs_text"])
     sections[0]["docs_text"] = ""
     for section in sections:
