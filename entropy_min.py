@@ -195,6 +195,8 @@ def main(argv=None):
         except (OSError, ValueError) as error:
             why = (getattr(error, "strerror", None) or "not UTF-8").lower()
             raise BadInput(f"--problem-file {cfg.problem_file}: {why}") from error
+        if not cfg.problem:
+            raise BadInput(f"--problem-file {cfg.problem_file}: is empty")
     if cfg.select and cfg.select < cfg.shots:
         raise BadInput(f"--select {cfg.select}: fewer than --shots {cfg.shots}")
     cfg.prompts_per_step = 1  # for the memory plan: group_size counts all answers here

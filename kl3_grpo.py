@@ -37,7 +37,7 @@ from common.distributed import share, size, total
 from common.errors import BadInput
 from common.flags import Shared, exit_on_bad_input, flag, parse_flags
 from common.logprobs import answer_states, exact_kl, micro_batches, response_logprobs, score
-from common.models import initial_model
+from common.models import causal_lm, initial_model
 from common.run import start
 from common.sampling import sample
 from common.verify import reward
@@ -185,6 +185,10 @@ def main(argv=None):
     run = start(cfg, "kl3_grpo")
     model, optimizer = run.model, run.optimizer
     reference = initial_model(cfg, model) if cfg.kl_coef else None
+    if cfg.measure == "kl":
+        (V, D), item = causal_lm(model).lm_head.weight.shape, next(model.parameters()).element_size()
+        tokens = cfg.prompts_per_step * cfg.group_size // size() * cfg.max_new_tokens
+        print(f"--measure kl: the old policy's states and unembedding: {(tokens + V) * D * item / 2**20:.1f} MiB more")
 
     for step in run.steps():
         problems = share(batch_of(run.train, step, cfg.prompts_per_step, cfg.seed))

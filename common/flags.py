@@ -48,7 +48,7 @@ class Shared:
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: str = flag("auto", "of the weights: float32 on a CPU, else bfloat16 with float32 masters",
                       choices=("auto", "float32", "bfloat16"))
-    cuda_graphs: bool = flag(False, "on a GPU: replay recorded decoding steps, no Python between them; not yet timed on one")
+    cuda_graphs: bool = flag(False, "on a GPU: replay recorded decoding steps, no Python between them; never run on a GPU yet")
     seed: int = flag(0, "draws data order and answers; on a CPU the same seed gives the same weights", low=0)
     output: str = flag(None, "folder of the run; default: runs/<script>, with a number if that exists", type=str)
     resume: str = flag(None, "folder of an interrupted run to go on with, flags and all", type=str)
@@ -66,7 +66,7 @@ class Reading:
     thinking: bool = flag(False, "let the chat template open a thinking block")
     device: str = flag("auto", "auto, cpu, cuda, mps")
     dtype: str = flag("auto", "float32 on a CPU, else bfloat16", choices=("auto", "float32", "bfloat16"))
-    cuda_graphs: bool = flag(False, "on a GPU: replay recorded decoding steps")
+    cuda_graphs: bool = flag(False, "on a GPU: replay recorded decoding steps; never run on a GPU yet")
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -88,10 +88,10 @@ def pick(probs: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     return torch.searchsorted(upto, u[:, None] * upto[:, -1:], right=True)[:, 0].clamp(max=probs.shape[-1] - 1)
 
 
-def record(step, pool):
+def record(step):
     """step's kernels as a CUDA graph, none of them run -> a function that runs them all, without Python between them."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    with torch.cuda.graph(graph):
         step()
     return graph.replay
 
@@ -135,7 +135,7 @@ def decode(model, prompts: list[list[int]], rows: torch.Tensor, max_new_tokens: 
         token.copy_(drawn.argmax(-1) if temperature == 0 else pick(drawn.exp(), noise.index_select(1, t)[:, 0]))
         tokens[alive, t] = token
         if repetition_penalty != 1:
-            said[alive, token] = True
+            said[alive, token] = torch.ones_like(ended)  # a plain True would be copied from the CPU
         logp[alive, t] = full.gather(-1, token[:, None])[:, 0]
         entropy[alive, t] = -(full.exp() * full.clamp(min=-1e4)).sum(-1)
         ended.logical_or_((token[:, None] == stop).any(1))
@@ -148,7 +148,7 @@ def decode(model, prompts: list[list[int]], rows: torch.Tensor, max_new_tokens: 
         draw(states[:, -1])
 
     draw(hidden[rows])
-    place, pool = rows[:0], torch.cuda.graph_pool_handle() if graphs else None
+    place = rows[:0]
     for t in range(1, max_new_tokens):
         if (t - 1) % look == 0:
             left = (~ended).nonzero()[:, 0]
@@ -165,7 +165,7 @@ def decode(model, prompts: list[list[int]], rows: torch.Tensor, max_new_tokens: 
                 advance = step
         advance()
         if graphs and advance is step:
-            advance = record(step, pool)
+            advance = record(step)  # the graph before is gone by now: it would hold memory of a pool of its own
     stops = torch.isin(tokens, stop)                                                                        # (R, T)
     finished = stops.any(1)                                                                                 # (R,)
     return tokens, logp, entropy, torch.where(finished, stops.int().argmax(1) + 1, max_new_tokens), finished

@@ -113,7 +113,8 @@ def main():
     for axis, key, title in zip(axes[1:], ("reward", "length"), ("share of answers right", "tokens per answer (limit 112)")):
         for name in ("base, cosine", "short, cosine", "long, cosine", "constructed, cosine", "long, classic"):
             ex.band(axis, [ex.smooth(r["rows"], key) for r in results[name]], name, REINFORCED[name][2])
-        ex.tidy(axis, title, legend=key == "reward")
+        ex.tidy(axis, title)
+    figure.legend(*axes[2].get_legend_handles_labels(), loc="outside lower right", ncols=5, fontsize=9)
     figure.savefig(out / "long_cot.png", dpi=110)
 
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.4), constrained_layout=True)

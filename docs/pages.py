@@ -2,7 +2,7 @@
 
     pip install pycco && python docs/pages.py        # seconds; open docs/html/grpo.html
 
-Every page names the file's digest, so that a test can tell a page that is older than its file.
+Every page names the digest of its file and this one, so that a test can tell a page that is older.
 """
 import hashlib
 import html
@@ -97,7 +97,7 @@ def page(name: str) -> str:
     highlight(sections, language, preserve_paths=False, outdir=str(OUT))
     body = generate_html(name, sections, preserve_paths=False, outdir=str(OUT)).decode()
     sections_html = body[body.index("<div class='section' id='section-0'>"):body.rindex("</div>\n</body>")]
-    digest = hashlib.sha256(source.encode()).hexdigest()
+    digest = hashlib.sha256((source + pathlib.Path(__file__).read_text()).encode()).hexdigest()
     sections_html = re.sub(r'<span class="[npow]">([^<]*)</span>', r"\1", sections_html)  # what has no colour of its own
     links = " ".join(f"<b>{name}</b>" if other == name else f'<a href="{pathlib.Path(other).stem}.html">{other}</a>'
                      for other in FILES)

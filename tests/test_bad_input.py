@@ -79,6 +79,7 @@ TABLE = [
     (["kl3_grpo"], "--clip-low 0.2", "go together"),
     (["entropy_min"], "--shots 3", "--shots 3 must divide"),
     (["entropy_min"], "--problem-file missing.txt", "no such file"),
+    (["entropy_min"], "--problem-file empty.jsonl", "--problem-file empty.jsonl: is empty"),
     (["entropy_min"], "--problem-file binary.jsonl", "--problem-file binary.jsonl: not utf-8"),
     (["common.evaluate"], "--k 0", "--k 0: must be at least 1"),
     (["common.internal_policy"], "--sample-layer 9", "has blocks 1 (lowest) to 8"),

@@ -22,7 +22,7 @@ JOBS = {  # name -> script, flags. 300 tokens: the ranks have different numbers 
     "adapters": ("grpo", f"{LOOP} --lora-rank 2 --advantage reinforce++"),
     "bupo": ("bupo", f"{LOOP} --internal-steps 1 --advantage reinforce++"),
     "kl3": ("kl3_grpo", f"{LOOP} --updates-per-rollout 2 --ppo-epochs 2"),
-    "kl": ("kl3_grpo", f"{LOOP} --updates-per-rollout 2 --measure kl --delta 1e-4"),
+    "kl": ("kl3_grpo", f"{LOOP} --updates-per-rollout 2 --ppo-epochs 2 --measure kl --delta 1e-4"),
     "entropy": ("entropy_min", f"{COMMON} --steps 2 --group-size 16 --shots 2 --select 3 --select-k 2 --lr 1e-4 --micro-batch-tokens 300"),
     "sft": ("long_cot_sft", f"{COMMON} --teacher-problems 6 --samples 4 --teacher-max-new-tokens 100 --batch-size 5 --epochs 1 --lr 3e-4"),
     "ppo": ("ppo", f"{LOOP} --updates-per-rollout 2"),
@@ -85,6 +85,12 @@ def assert_alike(a: pathlib.Path, b: pathlib.Path):
 @pytest.mark.parametrize("name", JOBS)
 def test_two_processes_make_the_run_of_one(name, folder):
     assert_alike(folder / f"{name}-1", folder / f"{name}-2")
+
+
+def test_the_gate_of_exact_kl_acts(folder):
+    """Else its job would compare nothing."""
+    rows = [json.loads(line) for line in (folder / "kl-2" / "metrics.jsonl").read_text().splitlines()]
+    assert any(row["clip_up"] + row["clip_down"] > 0 for row in rows)
 
 
 def test_a_run_goes_on_with_another_number_of_processes(folder):

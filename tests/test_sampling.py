@@ -39,15 +39,20 @@ def test_sampler_and_trainer_agree(kind, temperature, tokenizer):
 
 class Recorder(TorchDispatchMode):
     """What a CUDA graph is, on a CPU: operations with the very tensors they were called on. Replayed, they run again on those and
-    into those, without Python; what a recording wrote is taken back, as nothing runs while a graph is recorded. Operations
-    that wait for the device fail, as they do there."""
+    into those, without Python; what a recording wrote is taken back, as nothing runs while a graph is recorded. What would wait
+    for a device or read the CPU's memory fails, as it does there."""
+    WAIT = {"item", "_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "_unique2", "unique_dim"}
 
     def __init__(self):
         super().__init__()
         self.done, self.before = [], {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        assert function not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), f"{function} waits"
+        name = function.overloadpacket.__name__
+        assert name not in self.WAIT, f"{function} waits for the device"
+        if name in ("index", "index_put_", "_index_put_impl_"):
+            assert not any(i is not None and i.dtype == torch.bool for i in args[1]), "a mask as an index waits for the device"
+            assert name == "index" or args[2].dim() > 0, "a number is copied from the CPU"
         for argument, value in zip(function._schema.arguments, args):
             if argument.is_write:
                 storage = value.untyped_storage()
@@ -70,9 +75,15 @@ def test_a_recorded_step_is_the_step(kind, options, tokenizer, monkeypatch):
     """70 tokens, with rows that end all the time: steps recorded once and replayed, looked after every 16, against the plain loop."""
     counts = {"recorded": 0, "replayed": 0}
 
-    def record(step, pool):
+    def refuse(*args, **kwargs):
+        raise AssertionError("reads or makes a tensor on the CPU")
+
+    def record(step):
         recorder = Recorder()
-        with recorder:
+        with recorder, monkeypatch.context() as inside:
+            for name in ("tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__"):
+                inside.setattr(torch.Tensor, name, refuse)
+            inside.setattr(torch, "tensor", refuse)
             step()
         for storage, was in recorder.before.values():
             storage.copy_(was)
@@ -84,7 +95,6 @@ def test_a_recorded_step_is_the_step(kind, options, tokenizer, monkeypatch):
         return replay
 
     monkeypatch.setattr("common.sampling.record", record)
-    monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: None)
     model = random_model(kind, vocab_size=len(tokenizer))
     model.generation_config.eos_token_id = list(range(60, 66))
     plain, replayed = (sample(model, tokenizer, PROMPTS, 8, 70, seed=3, graphs=graphs, **options) for graphs in (False, True))
