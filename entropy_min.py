@@ -71,7 +71,7 @@ def answer_entropies(model, rollout, temperature: float, offset: int = 0) -> tor
     ids, predicts = join(rollout.prompts, rollout.tokens, rollout.lengths)              # (B, S) each
     hidden = hidden_states(model, ids)[predicts.roll(offset, 1)]                        # (N, D); the last position is never True
     weight, inside = causal_lm(model).lm_head.weight, rollout.mask.bool()               # (V, D), (B, T)
-    _, entropy = token_logprobs(hidden, weight, rollout.tokens[inside], temperature)    # (N,)
+    _, entropy = token_logprobs(hidden, weight, rollout.tokens[inside], temperature, entropy_grad=True)  # (N,)
     return torch.zeros_like(rollout.mask).masked_scatter(inside, entropy)
 
 

@@ -319,7 +319,7 @@ def main(argv=None):
                 logp, entropy = response_logprobs(model, rollout[m])                            # (b, T)
                 loss = -logp.sum() / tokens                                                     # this part's share of sft_loss
                 optimizer.backward(loss)
-                rollout.entropy[m] = entropy.detach()
+                rollout.entropy[m] = entropy
                 parts.append({"loss": loss.item()})
             parts.append({"grad_norm": optimizer.step(max_norm=1.0)})
         seen = run.rows[-1]["tokens_seen"] if run.rows else 0

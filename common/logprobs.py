@@ -14,21 +14,23 @@ from common.models import causal_lm
 from common.sampling import join
 
 
-def _chunk_logprobs(hidden, weight, targets, temperature):
+def _chunk_logprobs(hidden, weight, targets, temperature, entropy_grad):
     """(N, D), (V, D), (N,) -> logp (N,), entropy (N,). The logits exist in float32 only in here."""
     logits = (hidden @ weight.T).float() / temperature                        # (N, V)
     log_z = logits.logsumexp(-1)                                              # (N,)
     logp = logits.gather(-1, targets[:, None])[:, 0] - log_z
-    entropy = log_z - (torch.softmax(logits, -1) * logits).sum(-1)            # -sum p log p
+    with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
+        entropy = log_z - (torch.softmax(logits, -1) * logits).sum(-1)        # -sum p log p
     return logp, entropy
 
 
 def token_logprobs(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0,
-                   chunk: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+                   chunk: int | None = None, entropy_grad: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """log softmax(hidden @ weight.T / temperature) at the targets, and the entropy, both in nats and float32.
 
     hidden (..., D), weight (V, D), targets (...) -> logp (...), entropy (...). Done `chunk` tokens at a time (default: 2^26
-    logits, a quarter of a GiB); the backward pass computes a chunk's logits again instead of keeping them.
+    logits, a quarter of a GiB); the backward pass computes a chunk's logits again instead of keeping them. The entropy has a
+    gradient only with entropy_grad: where the loss does not use it, backward would never come by to free its logits.
     """
     shape, V = targets.shape, weight.shape[0]
     hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
@@ -36,15 +38,16 @@ def token_logprobs(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Te
     pieces = []
     for h, y in zip(hidden.split(chunk), targets.split(chunk)):
         several = torch.is_grad_enabled() and len(targets) > chunk  # a single chunk gains nothing from computing it twice
-        pieces.append(checkpoint(_chunk_logprobs, h, weight, y, temperature, use_reentrant=False) if several else
-                      _chunk_logprobs(h, weight, y, temperature))
+        pieces.append(checkpoint(_chunk_logprobs, h, weight, y, temperature, entropy_grad, use_reentrant=False) if several else
+                      _chunk_logprobs(h, weight, y, temperature, entropy_grad))
     logp, entropy = (torch.cat(parts).view(shape) for parts in zip(*pieces))
     return logp, entropy
 
 
 def response_logprobs(model, rollout, temperature: float = 1.0, layer: int | None = None,
                       final_norm: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs and entropies (B, T) of a rollout's answers, nats, under the model as it is now; 0 outside the answers.
+    """Log-probs and entropies (B, T) of a rollout's answers, nats, under the model as it is now; 0 outside the answers. Only
+    log-probs have a gradient.
 
     layer=None is the model's own policy; a 1-based layer is that block's internal policy, and then no block above it is run.
     temperature divides the logits, as in sampling. Uses rollout.prompts, .tokens, .lengths and .mask.

@@ -139,11 +139,12 @@ def stop_ids(model, tokenizer) -> list[int]:
     return sorted({i for i in [tokenizer.eos_token_id, *named] if i is not None})
 
 
-def memory_plan(model, rows: int, tokens: int, micro_batch_tokens: int, max_rows: int, frozen: int = 0,
+def memory_plan(model, rows: int, tokens: int, micro_batch_tokens: int, max_rows: int | None = None, frozen: int = 0,
                 offload: bool = False) -> dict[str, float]:
-    """GiB that a step will hold at its peak, by part. rows x tokens is a rollout, of which max_rows are decoded at once.
+    """GiB that a step will hold at its peak, by part. rows x tokens is a rollout, of which max_rows are decoded at once (default:
+    as many as sample() will take once the moments and the reference are there).
 
-    Weights, masters, gradients and moments stay, and so do `frozen` more models (a reference); of the cache (sampling) and the
+    Weights, masters and moments stay, and so do `frozen` more models (a reference); of the cache (sampling) and of gradients with
     activations (training) only the larger counts.
     On N ranks it is the plan of each: all in N parts, but for weights while they are gathered. offload: what the optimiser
     holds is on the CPU.
@@ -165,30 +166,35 @@ def memory_plan(model, rows: int, tokens: int, micro_batch_tokens: int, max_rows
         "float32 masters": 4 * trained / N if item < 4 or N > 1 or offload else 0,
         "gradients": 4 * trained / N,
         "Adam moments": 8 * trained / N,
-        "cache and logits while sampling": min(rows, max_rows) * (cache_token * tokens + LOGIT_BYTES * config.vocab_size),
+        "cache and logits while sampling": cache_token * tokens + LOGIT_BYTES * config.vocab_size,
         "activations": activation_token * min(micro_batch_tokens, rows * tokens),
         "logits chunk": 6 * 4 * min(1 << 26, config.vocab_size * micro_batch_tokens),  # softmax, and gradients of both uses of it
     }
     if offload and next(lm.parameters()).device.type != "cpu":
         held = [plan.pop(name) for name in ("float32 masters", "gradients", "Adam moments")]
         print(f"in the CPU's memory, GiB: masters, gradients and moments {sum(held) / 2**30:.1f}")
-    weights, *stay, sampling, activations, chunk = plan.values()
+    coming = plan["reference"] + plan.get("Adam moments", 0)
+    plan["cache and logits while sampling"] *= min(rows, max_rows or max_rows_for(model, tokens, coming))
     of_block = sum(numel[p] for p in lm.model.layers[0].parameters()) * item
-    in_training = weights if N == 1 else weights - (config.num_hidden_layers - 2) * of_block  # a block and the next are gathered
-    plan["peak"] = sum(stay) + max(weights + sampling, in_training + activations + chunk)
+    sampling = plan["cache and logits while sampling"]
+    training = plan.get("gradients", 0) + plan["activations"] + plan["logits chunk"]
+    if N > 1:  # while training, a block and the next are gathered
+        training -= (config.num_hidden_layers - 2) * of_block
+    stay = ("weights", "reference", "frozen weights at rest", "float32 masters", "Adam moments")
+    plan["peak"] = sum(plan.get(name, 0) for name in stay) + max(sampling, training)
     return {name: value / 2**30 for name, value in plan.items()}
 
 
-def max_rows_for(model, tokens: int) -> int:
+def max_rows_for(model, tokens: int, coming: float = 0.0) -> int:
     """How many answers of `tokens` tokens are decoded at once: cache and logits take at most half of what is free (8 GiB on a
-    CPU)."""
+    CPU), and not of what is `coming`, in bytes."""
     config, device = model.config, next(model.parameters()).device
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     item = (getattr(causal_lm(model), "narrow", None) or next(model.parameters()).dtype).itemsize
     row = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * tokens * item + LOGIT_BYTES * config.vocab_size
-    free = 16 << 30
-    if device.type == "cuda":  # what torch has reserved but not handed out is free as well
-        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free, card = 16 << 30, torch.get_device_module(device)
+    if hasattr(card, "mem_get_info"):  # what torch has reserved but not handed out is free as well
+        free = card.mem_get_info(device)[0] + card.memory_reserved(device) - card.memory_allocated(device) - coming
     return max(1, min(512, math.floor(free / 2 / row)))
 
 

@@ -40,7 +40,7 @@ from common.distributed import everyone, rank, size, split_like, total, whole
 from common.errors import BadInput
 from common.evaluate import describe, evaluate
 from common.flags import read_config
-from common.models import causal_lm, load_model, load_tokenizer, max_rows_for, memory_plan, peak_bytes
+from common.models import causal_lm, load_model, load_tokenizer, memory_plan, peak_bytes
 from common.optim import MasterAdamW
 from common.plot import plot_run
 
@@ -340,7 +340,7 @@ def start(cfg, name: str) -> Run:
     rows = cfg.prompts_per_step * cfg.group_size // size()
     tokens = cfg.max_new_tokens + max(len(row["prompt"]) for row in run.train)
     frozen = getattr(cfg, "kl_coef", 0) > 0 and not cfg.lora_rank
-    plan = memory_plan(run.model, rows, tokens, cfg.micro_batch_tokens, max_rows_for(lm, tokens), frozen, cfg.offload_optimizer)
+    plan = memory_plan(run.model, rows, tokens, cfg.micro_batch_tokens, None, frozen, cfg.offload_optimizer)
     scale, unit = (1, "GiB") if plan["peak"] >= 1 else (1024, "MiB")
     print(f"memory plan, {unit}: " + ", ".join(f"{part} {gib * scale:.1f}" for part, gib in plan.items() if gib))
     if cfg.resume:

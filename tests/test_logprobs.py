@@ -40,11 +40,12 @@ def test_chunks_change_nothing():
     results = []
     for chunk in (1, 4, 100):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        logp, entropy = token_logprobs(h, w, targets, chunk=chunk)
+        logp, entropy = token_logprobs(h, w, targets, chunk=chunk, entropy_grad=True)
         (logp.sum() + 2 * entropy.sum()).backward()
         results.append((logp.detach(), entropy.detach(), h.grad, w.grad))
     for other in results[1:]:
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(results[0], other))
+    assert not token_logprobs(h, w, targets)[1].requires_grad
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen2", "llama"])

@@ -20,7 +20,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from common.logprobs import micro_batches, response_logprobs  # noqa: E402
-from common.models import TINY, load_tokenizer, max_rows_for, memory_plan  # noqa: E402
+from common.models import TINY, load_tokenizer, memory_plan  # noqa: E402
 from common.optim import MasterAdamW  # noqa: E402
 from common.sampling import sample  # noqa: E402
 
@@ -130,7 +130,7 @@ def training(model, tokenizer, rows: int, new: int, budget: int) -> None:
     peak(reset=True)
     tokens, elapsed = rows * (len(PROMPT) + new), seconds(step, 1)
     rate = tokens / elapsed
-    plan = memory_plan(model, rows, len(PROMPT) + new, budget, max_rows_for(model, len(PROMPT) + new))
+    plan = memory_plan(model, rows, len(PROMPT) + new, budget)
     print(f"\n## Training\n\n{rows} answers of {new} tokens, {budget} tokens at once; matmul {matmul / 1e12:.0f} TFLOP/s\n\n"
           "| tokens/s | share of the matmul rate, 6 FLOPs | 8 FLOPs | peak while sampling, GiB | while training | planned |\n"
           "| --- | --- | --- | --- | --- | --- |\n"

@@ -36,8 +36,8 @@ def plan(name: str, card: int, ranks: int, rank: int, offload: bool, answers: in
     common.models.causal_lm(model).narrow = torch.bfloat16
     rows, tokens, budget = answers or 128 // min(ranks, 8), 2248, 16384 if card > 40 else 2048
     at = lambda r: common.models.memory_plan(model, rows, tokens, budget, r, 0, offload)
-    held = sum(gib for part, gib in at(1).items() if part not in ("cache and logits while sampling", "activations", "logits chunk",
-                                                                  "peak"))
+    held = sum(gib for part, gib in at(1).items() if part not in ("gradients", "cache and logits while sampling", "activations",
+                                                                  "logits chunk", "peak"))
     row = at(1)["cache and logits while sampling"]
     at_once = max(1, min(rows, int((0.99 * card - held) / 2 / row)))
     return at(at_once), at_once
