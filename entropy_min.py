@@ -43,7 +43,7 @@ from common.evaluate import evaluate
 from common.flags import Reading, Shared, exit_on_bad_input, flag, parse_flags, several_models
 from common.internal_policy import hidden_states
 from common.logprobs import micro_batches, token_logprobs
-from common.models import causal_lm, load_model, load_tokenizer
+from common.models import causal_lm, load_model, load_tokenizer, widest
 from common.plot import plot_logits
 from common.run import start
 from common.sampling import join, sample
@@ -107,8 +107,8 @@ def logit_statistics(model, rollout, budget: int, temperature: float = 0.6, top_
             logits = lm.lm_head(hidden).float()                                         # (n, V)
             kept = logits.topk(min(top_k, logits.shape[-1])).values / temperature       # (n, top_k)
             for name, x in (("raw", logits), ("top_k", kept)):
-                powers[name] += torch.stack([x.double().pow(i).sum() for i in range(4)]).cpu()      # (4,)
-                counts[name] += torch.histc(x.clamp(-60, 60), 600, -60, 60).double().cpu()          # (600,)
+                powers[name] += torch.stack([x.to(widest(x.device)).pow(i).sum() for i in range(4)]).cpu().double()  # (4,)
+                counts[name] += torch.histc(x.clamp(-60, 60), 600, -60, 60).cpu().double()                # (600,)
     found = {}
     for name, (n, *sums) in powers.items():
         mean, second, third = (total / n for total in sums)

@@ -202,7 +202,7 @@ def boundary_layer(ffn_change, tolerance: float = 0.05) -> int:
     ffn_change: (L,) nats. A change of at most tolerance * max|change| counts as zero (the paper names no threshold; its
     Qwen3-4B hovers about zero from block 7 to 26). Leading blocks that do not raise it are skipped. ValueError if none does.
     """
-    change = torch.as_tensor(ffn_change, dtype=torch.float64)
+    change = torch.as_tensor(ffn_change).cpu().double()
     rises = (change > tolerance * change.abs().max()).tolist()
     if True not in rises:
         raise ValueError("no block's FFN raises the entropy, so there is no exploration region: name a layer yourself")
@@ -212,7 +212,7 @@ def boundary_layer(ffn_change, tolerance: float = 0.05) -> int:
 
 def boundaries(entropies: dict[str, torch.Tensor], tolerances=(0.01, 0.02, 0.05, 0.1, 0.2)) -> dict[float, int | None]:
     """boundary_layer at several tolerances: does the choice hang on it? None where no FFN raises the entropy."""
-    change = entropy_changes(entropies)["ffn"].double()                                 # (L,)
+    change = entropy_changes(entropies)["ffn"].cpu().double()                           # (L,)
     return {t: boundary_layer(change, t) if (change > t * change.abs().max()).any() else None for t in tolerances}
 
 

@@ -57,6 +57,14 @@ def pick_device(device: str) -> torch.device:
     return torch.device(device)
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """float64, or float32 on a device that has none (Apple's)."""
+    try:
+        return torch.empty(0, dtype=torch.float64, device=device).dtype
+    except (TypeError, RuntimeError):
+        return torch.float32
+
+
 def pick_threads(small: bool) -> None:
     """One thread for a small model on the CPU, torch's own choice otherwise.
 

@@ -13,7 +13,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 from common.distributed import everyone, gathered, rank, share, size
-from common.models import causal_lm, max_rows_for, stop_ids
+from common.models import causal_lm, max_rows_for, stop_ids, widest
 
 
 @dataclass
@@ -83,9 +83,11 @@ def distributions(scores: torch.Tensor, temperature: float, top_p: float, penalt
 
 
 def pick(probs: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """The first token at which the running sum of probs (R, V), not necessarily normalised, exceeds u (R,) in [0, 1). -> (R,)"""
-    upto = probs.cumsum(-1, dtype=torch.float64)                                                            # (R, V)
-    return torch.searchsorted(upto, u[:, None] * upto[:, -1:], right=True)[:, 0].clamp(max=probs.shape[-1] - 1)
+    """The first token at which the running sum of probs (R, V), not necessarily normalised, exceeds u (R,) in [0, 1). -> (R,)
+    Summed in u's dtype."""
+    upto = probs.cumsum(-1, dtype=u.dtype)                                                                  # (R, V)
+    below = u[:, None].clamp(max=1 - torch.finfo(u.dtype).eps) * upto[:, -1:]  # also if u was rounded to 1   # (R, 1)
+    return torch.searchsorted(upto, below, right=True)[:, 0]                                                # (R,)
 
 
 def record(step):
@@ -204,7 +206,7 @@ def sample(model, tokenizer, prompts: list[list[int]], n: int, max_new_tokens: i
             here = owner[start:start + max_rows]
             rows = torch.tensor([p - here[0] for p in here], device=device)
             pieces.append(decode(model, prompts[here[0]:here[-1] + 1], rows, max_new_tokens, temperature, top_p, stop,
-                                 noise[start:start + max_rows].to(device), repetition_penalty, graphs))
+                                 noise[start:start + max_rows].to(device, widest(device)), repetition_penalty, graphs))
     tokens, logp, entropy, lengths, finished = (torch.cat(parts) for parts in zip(*pieces))
     model.train(was_training)
     T = int(lengths.max())

@@ -8,6 +8,7 @@
 - What brings data or sizes to the CPU is counted in `waits`: there a GPU's queue runs empty.
 - `held` and `peak` count the bytes of all tensors that are alive, in blocks of 512: what torch.cuda.max_memory_allocated() says, but for
   what a kernel takes for itself (of the order of 10 MiB).
+- Card(float64=False) has none, like Apple's.
 - Card(shapes=True) keeps no floats at all, only their shapes, so that a model of any size runs here: every float that is asked
   for is 1, every drawn token is 0.
 
@@ -48,6 +49,8 @@ class OnCard(torch.Tensor):
 
     @staticmethod
     def __new__(cls, inner, card):
+        if inner.dtype == torch.float64 and not card.float64:
+            raise TypeError("this card has no float64")
         with torch.inference_mode(False):
             self = torch.Tensor._make_wrapper_subclass(cls, inner.shape, strides=inner.stride(), dtype=inner.dtype,
                                                        storage_offset=inner.storage_offset(), device=torch.device("card:0"))
@@ -111,9 +114,10 @@ sys.modules["torch.optim.optimizer"]._get_fused_kernels_supported_devices = lamb
 
 
 class Card(TorchDispatchMode):
-    def __init__(self, size: int = 80 * 10**9, shapes: bool = False):
+    def __init__(self, size: int = 80 * 10**9, shapes: bool = False, float64: bool = True):
         super().__init__()
-        self.size, self.shapes, self.held, self.peak, self.alive, self.waits = size, shapes, 0, 0, set(), collections.Counter()
+        self.size, self.shapes, self.float64 = size, shapes, float64
+        self.held, self.peak, self.alive, self.waits = 0, 0, set(), collections.Counter()
 
     def __enter__(self):
         Backend.card = self

@@ -33,6 +33,12 @@ def test_the_card_makes_the_run_of_the_cpu(name, folder):
     assert_alike(folder / f"{name}-1", folder / f"{name}-2")
 
 
+def test_no_float64_is_needed(folder):
+    """A device without it draws with random numbers and running sums in float32: here the same answers, so the same weights."""
+    one, two = weights(folder / "bupo-1"), weights(folder / "narrow")
+    assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-5
+
+
 def test_bfloat16_masters_and_resume(folder):
     """Adapters in bfloat16 with float32 masters: stopped after a step and resumed, or with the masters on the CPU, the same weights."""
     whole, resumed, offloaded = (weights(folder / name) for name in ("masters", "resumed", "offloaded"))
@@ -87,6 +93,9 @@ if __name__ == "__main__":
         for job, flag in (("masters", ""), ("resumed", "--steps 1"), ("offloaded", "--offload-optimizer")):
             assert command("grpo", f"{adapters} {flag}", place, job) == 0
         assert command("grpo", f"--resume {place / 'resumed'} --steps 2", place, "resumed") == 0
+    with Card(float64=False):
+        assert command("bupo", f"{JOBS['bupo'][1]} {FLOAT32} --device card", place, "narrow") == 0
+        assert command("entropy_min", f"--analyze --model tiny {place / 'narrow'} --problems 3 --dtype float32 --device card", place, "looked") == 0
     with Card() as card:
         held, x = [], torch.zeros(100, device="card")
         held.append(card.held)
