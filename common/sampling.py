@@ -84,10 +84,10 @@ def distributions(scores: torch.Tensor, temperature: float, top_p: float, penalt
 
 def pick(probs: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """The first token at which the running sum of probs (R, V), not necessarily normalised, exceeds u (R,) in [0, 1). -> (R,)
-    Summed in u's dtype."""
+    Summed in u's dtype. A row with a NaN in it gives the last token, which at least exists."""
     upto = probs.cumsum(-1, dtype=u.dtype)                                                                  # (R, V)
     below = u[:, None].clamp(max=1 - torch.finfo(u.dtype).eps) * upto[:, -1:]  # also if u was rounded to 1   # (R, 1)
-    return torch.searchsorted(upto, below, right=True)[:, 0]                                                # (R,)
+    return torch.searchsorted(upto, below, right=True)[:, 0].clamp(max=probs.shape[-1] - 1)  # NaN is past the end  # (R,)
 
 
 def record(step):

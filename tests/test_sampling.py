@@ -140,11 +140,12 @@ def test_same_seed_same_answers_and_bounded_rows(tokenizer):
 
 def test_pick():
     """Weights 0 1 0 2 1 run up to 0 1 1 3 4: u below 1/4 gives token 1, below 3/4 token 3, else 4; weight 0 is never picked, not even
-    the last one by a u that was rounded to 1."""
+    the last one by a u that was rounded to 1; NaN weights pick a token that exists (on a GPU any other ends the process)."""
     u = torch.tensor([0, 0.2499, 0.25, 0.7499, 0.75, 1 - 2**-53], dtype=torch.float64)
     assert pick(torch.tensor([[0.0, 1, 0, 2, 1]]).expand(6, 5), u).tolist() == [1, 1, 3, 3, 4, 4]
     for dtype in (torch.float32, torch.float64):
         assert pick(torch.tensor([[3.0, 1, 0], [0.1, 0.7, 0]]), torch.ones(2, dtype=dtype)).tolist() == [1, 1]
+        assert pick(torch.full((1, 3), torch.nan), torch.zeros(1, dtype=dtype)).tolist() == [2]
 
 
 def test_top_p():
