@@ -221,9 +221,7 @@ def build_critic(cfg, model) -> Critic:
         shard(critic, trunk.layers if trunk else (), weight.device, trunk.dtype if trunk else torch.float32, (critic.head,))
     critic.to(weight.device)
     trained = sum(p.numel() for p in critic.parameters() if p.requires_grad)
-    held = sum(p.numel() * (p.element_size() + p.requires_grad * (12 + 4 * (p.element_size() < 4))) for p in critic.parameters())
-    held /= size() * 2**20
-    print(f"critic: {cfg.critic}, {trained / 1e6:.2f} M trained; weights, gradients, moments: {held:.1f} MiB more")
+    print(f"critic: {cfg.critic}, {trained / 1e6:.2f} M trained")
     return critic
 
 

@@ -18,7 +18,7 @@ def _chunk_logprobs(hidden, weight, targets, temperature, entropy_grad):
     """(N, D), (V, D), (N,) -> logp (N,), entropy (N,). The logits exist in float32 only in here."""
     logits = (hidden @ weight.T).float() / temperature                        # (N, V)
     log_z = logits.logsumexp(-1)                                              # (N,)
-    logp = logits.gather(-1, targets[:, None])[:, 0] - log_z
+    logp = logits[torch.arange(len(targets), device=logits.device), targets] - log_z  # gather's graph would hold the logits
     with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
         entropy = log_z - (torch.softmax(logits, -1) * logits).sum(-1)        # -sum p log p
     return logp, entropy

@@ -148,12 +148,12 @@ def stop_ids(model, tokenizer) -> list[int]:
 
 
 def memory_plan(model, rows: int, tokens: int, micro_batch_tokens: int, max_rows: int | None = None, frozen: int = 0,
-                offload: bool = False) -> dict[str, float]:
+                offload: bool = False, critic: bool = False) -> dict[str, float]:
     """GiB that a step will hold at its peak, by part. rows x tokens is a rollout, of which max_rows are decoded at once (default:
-    as many as sample() will take once the moments and the reference are there).
+    as many as sample() will take once the moments and the other models are there).
 
-    Weights, masters and moments stay, and so do `frozen` more models (a reference); of the cache (sampling) and of gradients with
-    activations (training) only the larger counts.
+    Weights, masters and moments stay, and so do `frozen` more models (a reference) and, with `critic`, a second trunk that is
+    trained like the first; of the cache (sampling) and of gradients with activations (training) only the larger counts.
     On N ranks it is the plan of each: all in N parts, but for weights while they are gathered. offload: what the optimiser
     holds is on the CPU.
     """
@@ -163,17 +163,22 @@ def memory_plan(model, rows: int, tokens: int, micro_batch_tokens: int, max_rows
     item, N = (getattr(lm, "narrow", None) or next(lm.parameters()).dtype).itemsize, size()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cache_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * item
+    trunk = {p: numel[p] for p in lm.model.parameters()} if critic else {}
+    learns = sum(n for p, n in trunk.items() if p.requires_grad)
+    master = 4 if item < 4 or N > 1 or offload else 0
     # a checkpointed block keeps its input; one block at a time keeps everything: about 12 widths and 4 of the inner width
     block = (12 * config.hidden_size + 4 * config.intermediate_size) * item
     checkpointed = config.hidden_size > 256
-    activation_token = config.num_hidden_layers * (config.hidden_size * item if checkpointed else block) + checkpointed * block
+    kept = config.num_hidden_layers * (config.hidden_size * item if checkpointed else block)
+    activation_token = (1 + critic) * kept + checkpointed * block
     plan = {
         "weights": sum(numel.values()) * item,
         "reference": frozen * sum(numel.values()) * (item if N == 1 else 4 / N),
         "frozen weights at rest": (sum(numel.values()) - trained) * item / N if N > 1 else 0,
-        "float32 masters": 4 * trained / N if item < 4 or N > 1 or offload else 0,
-        "gradients": 4 * trained / N,
-        "Adam moments": 8 * trained / N,
+        "critic": sum(n for p, n in trunk.items() if N == 1 or not p.requires_grad) * item / N,
+        "float32 masters": master * (trained + learns) / N,
+        "gradients": 4 * (trained + learns) / N,
+        "Adam moments": 8 * (trained + learns) / N,
         "cache and logits while sampling": cache_token * tokens + LOGIT_BYTES * config.vocab_size,
         "activations": activation_token * min(micro_batch_tokens, rows * tokens),
         "logits chunk": 6 * 4 * min(1 << 26, config.vocab_size * micro_batch_tokens),  # softmax, and gradients of both uses of it
@@ -181,14 +186,14 @@ def memory_plan(model, rows: int, tokens: int, micro_batch_tokens: int, max_rows
     if offload and next(lm.parameters()).device.type != "cpu":
         held = [plan.pop(name) for name in ("float32 masters", "gradients", "Adam moments")]
         print(f"in the CPU's memory, GiB: masters, gradients and moments {sum(held) / 2**30:.1f}")
-    coming = plan["reference"] + plan.get("Adam moments", 0)
+    coming = plan["reference"] + plan["critic"] + plan.get("Adam moments", 0) + (0 if offload else master * learns / N)
     plan["cache and logits while sampling"] *= min(rows, max_rows or max_rows_for(model, tokens, coming))
     of_block = sum(numel[p] for p in lm.model.layers[0].parameters()) * item
     sampling = plan["cache and logits while sampling"]
     training = plan.get("gradients", 0) + plan["activations"] + plan["logits chunk"]
     if N > 1:  # while training, a block and the next are gathered
         training -= (config.num_hidden_layers - 2) * of_block
-    stay = ("weights", "reference", "frozen weights at rest", "float32 masters", "Adam moments")
+    stay = ("weights", "reference", "critic", "frozen weights at rest", "float32 masters", "Adam moments")
     plan["peak"] = sum(plan.get(name, 0) for name in stay) + max(sampling, training)
     return {name: value / 2**30 for name, value in plan.items()}
 

@@ -339,8 +339,8 @@ def start(cfg, name: str) -> Run:
     print(f"first prompt ({len(first['prompt'])} tokens): {run.tokenizer.decode(first['prompt'])!r} -> gold {first['answer']!r}")
     rows = cfg.prompts_per_step * cfg.group_size // size()
     tokens = cfg.max_new_tokens + max(len(row["prompt"]) for row in run.train)
-    frozen = getattr(cfg, "kl_coef", 0) > 0 and not cfg.lora_rank
-    plan = memory_plan(run.model, rows, tokens, cfg.micro_batch_tokens, None, frozen, cfg.offload_optimizer)
+    frozen, critic = getattr(cfg, "kl_coef", 0) > 0 and not cfg.lora_rank, getattr(cfg, "critic", "") == "copy"
+    plan = memory_plan(run.model, rows, tokens, cfg.micro_batch_tokens, None, frozen, cfg.offload_optimizer, critic)
     scale, unit = (1, "GiB") if plan["peak"] >= 1 else (1024, "MiB")
     print(f"memory plan, {unit}: " + ", ".join(f"{part} {gib * scale:.1f}" for part, gib in plan.items() if gib))
     if cfg.resume:

@@ -1,8 +1,8 @@
 """Is the memory plan right on a GPU? Real shapes and the real code on a pretended one (tests/card.py), every tensor counted.
 
-    python tests/benchmarks/card_memory.py                      # six cases, two minutes on one core; nothing is computed
+    python tests/benchmarks/card_memory.py                      # eight cases, four minutes on one core; nothing is computed
 
-Two steps of GRPO as the scripts make them, each of three phases: answers are sampled, as many at once as common/models.py lets;
+Two steps of GRPO or PPO as the scripts make them, each of three phases: answers are sampled, as many at once as common/models.py lets;
 log-probs and backward, a micro-batch after the other; the update. Counted is what torch.cuda.max_memory_allocated() would say, but
 for what kernels take for themselves. The second step is reported: in the first there are no moments yet.
 """
@@ -25,11 +25,13 @@ from common.logprobs import response_logprobs  # noqa: E402
 from common.models import TINY, causal_lm, load_tokenizer, max_rows_for, memory_plan  # noqa: E402
 from common.optim import MasterAdamW  # noqa: E402
 from common.sampling import Rollout, sample  # noqa: E402
+from ppo import Critic, logp_and_values  # noqa: E402
 
-CASES = {  # name: (model, GiB of the card, rank of adapters, offload, tokens trained at once)
+CASES = {  # name: (model, GiB of the card, rank of adapters, offload, tokens trained at once[, PPO's critic and reference])
     "Qwen3-0.6B": ("Qwen3-0.6B", 24, 0, False, 2048), "Qwen3-4B, adapters": ("Qwen3-4B", 24, 32, False, 2048),
     "Qwen3-1.7B, optimiser offloaded": ("Qwen3-1.7B", 24, 0, True, 2048), "Qwen3-4B": ("Qwen3-4B", 80, 0, False, 16384),
-    "Qwen3-8B, adapters": ("Qwen3-8B", 80, 32, False, 16384), "Qwen3-8B, optimiser offloaded": ("Qwen3-8B", 80, 0, True, 16384)}
+    "Qwen3-8B, adapters": ("Qwen3-8B", 80, 32, False, 16384), "Qwen3-8B, optimiser offloaded": ("Qwen3-8B", 80, 0, True, 16384),
+    "PPO (critic, reference), Qwen3-1.7B": ("Qwen3-1.7B", 80, 0, False, 16384, True), "PPO, Qwen3-4B, adapters": ("Qwen3-4B", 80, 32, False, 16384, True)}
 ANSWERS, PROMPT, NEW = 128, 200, 2048
 
 
@@ -47,13 +49,17 @@ def build(name: str, rank: int):
     return model.train()
 
 
-def measure(name: str, gib: int, rank: int, offload: bool, budget: int) -> tuple[dict, list[float], int]:
+def measure(name: str, gib: int, rank: int, offload: bool, budget: int, ppo: bool = False) -> tuple[dict, list[float], int]:
     """-> the plan, GiB at the peak of sampling, of training, of the update, and how many answers are sampled at once."""
     with Card(int(0.99 * gib * 2**30), shapes=True) as card:
         model, tokenizer = build(name, rank), load_tokenizer(str(TINY))
-        optimizer = MasterAdamW(model, 1e-6, offload=offload)
         with contextlib.redirect_stdout(io.StringIO()):
-            plan = memory_plan(model, ANSWERS, PROMPT + NEW, budget, offload=offload)
+            plan = memory_plan(model, ANSWERS, PROMPT + NEW, budget, None, ppo and not rank, offload, ppo)
+        optimizers = [MasterAdamW(model, 1e-6, offload=offload)]
+        if ppo:
+            _reference = None if rank else build(name, 0).requires_grad_(False)
+            critic = Critic(model.config.hidden_size, causal_lm(build(name, rank)).model).to("card").train()
+            optimizers.append(MasterAdamW(critic, 1e-6, offload=offload))
         ones = torch.ones(ANSWERS, NEW, device="card")
         rollout = Rollout([[5] * PROMPT] * ANSWERS, ones.long(), torch.full((ANSWERS,), NEW, device="card"), ones, ones, ones,
                           ones[:, 0].bool(), [""] * ANSWERS)
@@ -64,11 +70,12 @@ def measure(name: str, gib: int, rank: int, offload: bool, budget: int) -> tuple
             peaks.append(card.peak / 2**30)
             card.peak = card.held
             for m in torch.arange(2 * max(1, budget // (PROMPT + NEW)), device="card").chunk(2):
-                logp, _ = response_logprobs(model, rollout[m])
-                optimizer.backward(logp.sum() / 1e6)
+                logp, other = logp_and_values(model, critic, rollout[m]) if ppo else response_logprobs(model, rollout[m])
+                optimizers[0].backward((logp.sum() + ppo * other.sum()) / 1e6)
             peaks.append(card.peak / 2**30)
             card.peak = card.held
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             peaks.append(card.peak / 2**30)
     return plan, peaks, rows
 
