@@ -5,7 +5,7 @@ softmax(H^l E^T): the residual stream after the block, read by the unembedding E
 first --internal-steps rollouts GRPO's loss is taken of that policy (eq. 9, "IPA"; v1 called it InterGRPO), then of the model
 itself (eq. 10). Answers always come from the whole model. In the first phase the blocks above l are not run in training and
 get no gradient, not even a zero one.
-Run:   python bupo.py                                  the embedded model learns arithmetic, two minutes on a laptop
+Run:   python bupo.py                                  the embedded model learns arithmetic, a minute on a laptop
        python bupo.py --model Qwen/Qwen3-4B --data zwhe99/DeepMath-103K --layer 6 --internal-steps 30
 See:   a table of what each block does to the entropy, the layer chosen, then reward rising as in grpo.py. Watch entropy and
        length in the first phase: too long a one ruins the model (paper: 30 of 300 steps 58.5, 50 steps 42.1, 70 steps 9.9).
@@ -22,12 +22,14 @@ Deviations ledger: paper | the authors' code (a fork of verl) | here, and why
   blocks above l   | no gradient | run for logging, no gradient | not run: the same loss, less time; so the sampler-trainer gap is
       measured in the second phase only
   optimiser        | goes on at the switch | goes on | goes on; blocks above l have no Adam state before
-  std of a group   | not said which | ddof 1, 1e-6 added | as the code
+  which std        | not said | ddof 1, 1e-6 added | as the code
   mean over tokens | per answer, then over answers | over the tokens of a micro-batch, micro-batches averaged | over all tokens of
       an update, so that micro-batching changes nothing; --aggregation sequence is the paper's
   clip             | 0.2 both sides | and dual clip at 10, log-ratio held within 20 | as grpo.py: --dual-clip only if asked for
   updates a rollout| 16 | 4, each with its share of the prompts | --updates-per-rollout, 1: then ratio = 1 and nothing clips
-  longest answer   | 7168 (table) or 8192 (text) | 8192 | --max-new-tokens
+  longest answer   | 7168 (table) or 8192 (text) | 8192 | --max-new-tokens, 2048 for larger models
+  rows of grpo.py that hold here too: group without signal, truncated answers, verifier
+  KL to reference  | none | none | --kl-coef, off; in the first phase that of block l's policy to the initial model's block l
   also trained     | blocks 1..l and E | and the token embedding, the same tensor in tied models | as the code
 """
 from dataclasses import dataclass
@@ -39,7 +41,7 @@ from common.data import batch_of
 from common.distributed import share, size, total
 from common.errors import BadInput
 from common.flags import Shared, exit_on_bad_input, flag, parse_flags
-from common.internal_policy import boundary_layer, entropy_changes, rollout_entropies
+from common.internal_policy import boundaries, entropy_changes, rollout_entropies
 from common.logprobs import micro_batches, response_logprobs, score
 from common.models import causal_lm, initial_model
 from common.run import start
@@ -48,13 +50,13 @@ from common.verify import reward
 
 
 def group_advantages(rewards: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-    """GRPO: (reward - group mean) / (group std + eps), std with ddof 1. (P, G) -> (P, G); 0 where a group's rewards are equal."""
+    """GRPO: (reward - group mean) / (group std + eps), ddof 1. (P, G), G > 1 -> (P, G); 0 where a group's rewards are equal."""
     centred = rewards - rewards.mean(1, keepdim=True)
     return centred / (rewards.std(1, keepdim=True) + eps)
 
 
 def rloo_advantages(rewards: torch.Tensor) -> torch.Tensor:
-    """RLOO (arXiv 2402.14740): reward - mean of the *other* answers' rewards. (P, G) -> (P, G)."""
+    """RLOO (arXiv 2402.14740): reward - mean of the *other* answers' rewards. (P, G), G > 1 -> (P, G)."""
     G = rewards.shape[1]
     return (rewards - rewards.mean(1, keepdim=True)) * G / (G - 1)
 
@@ -73,7 +75,7 @@ def reinforce_pp_advantages(rewards: torch.Tensor, lengths: torch.Tensor) -> tor
 
 
 def advantages_of(how: str, rewards: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """--advantage -> (P, G)."""
+    """--advantage, of rewards (P, G) to answers of lengths (P, G) in tokens -> (P, G)."""
     if how == "reinforce++":
         return reinforce_pp_advantages(rewards, lengths)
     return {"grpo": group_advantages, "rloo": rloo_advantages, "dr_grpo": dr_grpo_advantages}[how](rewards)
@@ -86,6 +88,7 @@ def grpo_loss(logp, old_logp, advantages, mask, clip_low=0.2, clip_high=0.2, dua
 
     denominator: what the sum over tokens is divided by, a number or (B, 1); default: the tokens in mask. Take it over the
     whole update when that is split into micro-batches. dual_clip c > 1 bounds the loss of a bad token by c |A|.
+    metrics: clip_fraction, the tokens that got no gradient, weighed as in the loss, and the largest ratio.
     """
     if denominator is None:
         denominator = mask.sum().clamp(min=1)
@@ -153,19 +156,17 @@ def choose_layer(run) -> int:
     rollout = sample(run.model, run.tokenizer, [row["prompt"] for row in run.train[:16]], 4, min(cfg.max_new_tokens, 512),
                      cfg.temperature, seed=cfg.seed, alone=True)
     entropies = rollout_entropies(run.model, rollout, cfg.micro_batch_tokens)
-    change = entropy_changes(entropies)["ffn"]                                                  # (L,), eq. 13
-    try:
-        layers = {tolerance: min(boundary_layer(change, tolerance), L - 1) for tolerance in (0.05, 0.01, 0.02, 0.1, 0.2)}
-    except ValueError as error:
-        raise BadInput(f"--layer auto: {error} with --layer N") from error
-    layer = layers[0.05]
+    change, found = entropy_changes(entropies)["ffn"], boundaries(entropies)                    # (L,), eq. 13; by tolerance
+    if found[0.05] is None:
+        raise BadInput("--layer auto: no block's FFN raises the entropy, so there is no exploration region: take --layer N")
+    layer = min(found[0.05], L - 1)
     print("block   entropy of its policy   change by its FFN   (nats; while FFNs raise it the model explores)")
     for l in range(1, L + 1):
         print(f"{l:5} {entropies['layer_out'][l - 1]:23.3f} {change[l - 1]:+19.3f}{'   <- boundary' if l == layer else ''}")
-    if boundary_layer(change) == L:
+    if found[0.05] == L:
         print(f"every block up to the last raises it; block {L}'s policy is the model's own, so block {L - 1} is taken")
-    if len(set(layers.values())) > 1:
-        print("fragile choice, it moves with the tolerance: " + ", ".join(f"{t} gives {l}" for t, l in layers.items()))
+    if len(set(found.values())) > 1:
+        print("fragile choice, it moves with the tolerance: " + ", ".join(f"{t} gives {l or 'none'}" for t, l in found.items()))
     return layer
 
 
@@ -179,10 +180,11 @@ def main(argv=None):
     model, optimizer = run.model, run.optimizer
     reference = initial_model(cfg, model) if cfg.kl_coef else None
 
-    if "layer" not in run.summary:  # a resumed run keeps its layer
+    if cfg.internal_steps and "layer" not in run.summary:  # a resumed run keeps its layer
         run.summary["layer"] = choose_layer(run)
-    print(f"phase 1: steps 1 to {min(cfg.internal_steps, cfg.steps)} train the policy of block {run.summary['layer']}; "
-          "phase 2: the whole model")
+    if cfg.internal_steps:
+        print(f"phase 1: steps 1 to {min(cfg.internal_steps, cfg.steps)} train the policy of block {run.summary['layer']}; "
+              "phase 2: the whole model")
 
     for step in run.steps():
         layer = run.summary["layer"] if step < cfg.internal_steps else None                     # eq. 10
@@ -218,7 +220,7 @@ def main(argv=None):
                                               denominator[m])
                     if reference is not None:
                         with torch.no_grad(), reference() as initial:
-                            ref_logp, _ = response_logprobs(initial, part, cfg.temperature)     # (b, T)
+                            ref_logp, _ = response_logprobs(initial, part, cfg.temperature, layer, cfg.final_norm)  # (b, T)
                         loss = loss + cfg.kl_coef * kl_loss(logp, ref_logp, old, mask[m], denominator[m])
                     optimizer.backward(loss)
                     parts.append({"loss": loss.item(), **metrics})

@@ -1,24 +1,25 @@
 """GRPO: sample a group of answers to each problem, make the better ones more likely and the worse ones less.
 
 Paper: DeepSeekMath (arXiv 2402.03300); equation numbers here follow BuPO (arXiv 2512.19673 v3), whose baseline it is.
-Run:   python grpo.py                                  the embedded model learns arithmetic, two minutes on a laptop
+Run:   python grpo.py                                  the embedded model learns arithmetic, a minute on a laptop
        python grpo.py --model Qwen/Qwen3-4B --data zwhe99/DeepMath-103K
 See:   reward (share of right answers) rises from about 0.3 to 0.6 or more, answers grow longer, entropy falls.
        The loss itself says little: with ratio 1 its value is minus the mean advantage over tokens, which is 0 when right and
        wrong answers are equally long, and negative while the right ones are longer.
 
-Every other algorithm file is this one with a few lines changed: diff grpo.py bupo.py.
+bupo.py and kl3_grpo.py are this file with a few lines changed, diff grpo.py bupo.py; the others keep the order of its loop.
 
-Deviations ledger: paper | the BuPO authors' code (verl) | here, and why
+Deviations ledger: BuPO's paper | its authors' code (a fork of verl) | here, and why
   mean over tokens | per answer, then over answers | over the tokens of a micro-batch, micro-batches averaged | over all tokens of
       an update, so that micro-batching changes nothing; --aggregation sequence is the paper's, constant is Dr. GRPO's
   which std        | not said | ddof 1, 1e-6 added | as the code
   group without signal | in the mean with advantage 0 | the same | the same, but its forward pass is skipped
   clip             | 0.2 both sides | and dual clip at 10, log-ratio held within 20 | --clip-low, --clip-high; --dual-clip is off
       unless asked for; log-ratio held within 20
-  KL to reference  | in the loss, k3 estimator | none | --kl-coef, off; k2, whose gradient is the KL's (k3's is not)
+  KL to reference  | none (DeepSeekMath: in the loss, k3) | none | --kl-coef, off; k2, whose gradient is the KL's (k3's is not)
   updates a rollout| 16 | 4, each with its share of the prompts | --updates-per-rollout, 1: then ratio = 1 and nothing clips
   truncated answers| not said | kept, right if the box came in time | --truncated zero: reward 0; mask: left out of the loss
+  verifier         | 0 or 1 | string match of the last box | common/verify.py, by value
 """
 from dataclasses import dataclass
 
@@ -36,13 +37,13 @@ from common.verify import reward
 
 
 def group_advantages(rewards: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-    """GRPO: (reward - group mean) / (group std + eps), std with ddof 1. (P, G) -> (P, G); 0 where a group's rewards are equal."""
+    """GRPO: (reward - group mean) / (group std + eps), ddof 1. (P, G), G > 1 -> (P, G); 0 where a group's rewards are equal."""
     centred = rewards - rewards.mean(1, keepdim=True)
     return centred / (rewards.std(1, keepdim=True) + eps)
 
 
 def rloo_advantages(rewards: torch.Tensor) -> torch.Tensor:
-    """RLOO (arXiv 2402.14740): reward - mean of the *other* answers' rewards. (P, G) -> (P, G)."""
+    """RLOO (arXiv 2402.14740): reward - mean of the *other* answers' rewards. (P, G), G > 1 -> (P, G)."""
     G = rewards.shape[1]
     return (rewards - rewards.mean(1, keepdim=True)) * G / (G - 1)
 
@@ -61,7 +62,7 @@ def reinforce_pp_advantages(rewards: torch.Tensor, lengths: torch.Tensor) -> tor
 
 
 def advantages_of(how: str, rewards: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """--advantage -> (P, G)."""
+    """--advantage, of rewards (P, G) to answers of lengths (P, G) in tokens -> (P, G)."""
     if how == "reinforce++":
         return reinforce_pp_advantages(rewards, lengths)
     return {"grpo": group_advantages, "rloo": rloo_advantages, "dr_grpo": dr_grpo_advantages}[how](rewards)
@@ -74,6 +75,7 @@ def grpo_loss(logp, old_logp, advantages, mask, clip_low=0.2, clip_high=0.2, dua
 
     denominator: what the sum over tokens is divided by, a number or (B, 1); default: the tokens in mask. Take it over the
     whole update when that is split into micro-batches. dual_clip c > 1 bounds the loss of a bad token by c |A|.
+    metrics: clip_fraction, the tokens that got no gradient, weighed as in the loss, and the largest ratio.
     """
     if denominator is None:
         denominator = mask.sum().clamp(min=1)

@@ -8,10 +8,10 @@ Its window, in five lines:
   its ends solve w - log w = 1 + delta, that is (-w) exp(-w) = -exp(-(1 + delta)),
   so l = -W_0(-exp(-(1 + delta))) and u = -W_-1(-exp(-(1 + delta))), the two branches of Lambert's W;
   with h = sqrt(2 delta): u = 1 + h + h^2/3 + h^3/36 - ..., and l is the same with -h;
-  so next to 1 +- h both ends move up by 2 delta / 3: at delta = 0.02 [0.813, 1.214] instead of [0.8, 1.2].
+  so next to 1 +- h both ends move up by about 2 delta / 3: at delta = 0.02 [0.813, 1.214] instead of [0.8, 1.2].
 Said plainly: a threshold on KL3 per token is a one-parameter choice of the two clip bounds. That KL3 averages to KL(old || new)
 plays no part in a gate, and a gate on sampled tokens does not bound that KL.
-Run:   python kl3_grpo.py                              two minutes on a laptop; 4 updates a rollout, with 1 every gate is the same
+Run:   python kl3_grpo.py                              a minute on a laptop; 4 updates a rollout, with 1 every gate is the same
        python kl3_grpo.py --measure ratio --delta 0.02 symmetric clip of the same width; --clip-low 0.2 --clip-high 0.28 is DAPO's
 See:   reward as in grpo.py; clip_up and clip_down, the shares of tokens cut for A > 0 and A < 0, and the mean of KL3.
 
@@ -44,13 +44,13 @@ from common.verify import reward
 
 
 def group_advantages(rewards: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-    """GRPO: (reward - group mean) / (group std + eps), std with ddof 1. (P, G) -> (P, G); 0 where a group's rewards are equal."""
+    """GRPO: (reward - group mean) / (group std + eps), ddof 1. (P, G), G > 1 -> (P, G); 0 where a group's rewards are equal."""
     centred = rewards - rewards.mean(1, keepdim=True)
     return centred / (rewards.std(1, keepdim=True) + eps)
 
 
 def rloo_advantages(rewards: torch.Tensor) -> torch.Tensor:
-    """RLOO (arXiv 2402.14740): reward - mean of the *other* answers' rewards. (P, G) -> (P, G)."""
+    """RLOO (arXiv 2402.14740): reward - mean of the *other* answers' rewards. (P, G), G > 1 -> (P, G)."""
     G = rewards.shape[1]
     return (rewards - rewards.mean(1, keepdim=True)) * G / (G - 1)
 
@@ -69,7 +69,7 @@ def reinforce_pp_advantages(rewards: torch.Tensor, lengths: torch.Tensor) -> tor
 
 
 def advantages_of(how: str, rewards: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """--advantage -> (P, G)."""
+    """--advantage, of rewards (P, G) to answers of lengths (P, G) in tokens -> (P, G)."""
     if how == "reinforce++":
         return reinforce_pp_advantages(rewards, lengths)
     return {"grpo": group_advantages, "rloo": rloo_advantages, "dr_grpo": dr_grpo_advantages}[how](rewards)
@@ -100,12 +100,14 @@ def clip_range(delta: float, measure: str = "kl3") -> tuple[float, float]:
 
 def kl3_root(delta: float, y: float) -> float:
     """The root y = log w of exp(y) - 1 - y = delta on the side of the start y, by Newton from outside the window."""
+    if delta == 0:
+        return 0.0
     for _ in range(100):
         excess = math.expm1(y) - y - delta
-        if delta == 0 or excess <= 0:  # the function is convex: a step passes the root only by rounding
+        if excess <= 0:  # the function is convex: a step passes the root only by rounding
             break
         y -= excess / math.expm1(y)
-    return y if delta else 0.0
+    return y
 
 
 def atr_grpo_loss(logp, old_logp, advantages, mask, delta=0.02, measure="kl3", denominator=None, window=None, divergence=None):
@@ -114,12 +116,13 @@ def atr_grpo_loss(logp, old_logp, advantages, mask, delta=0.02, measure="kl3", d
         loss = -mean over tokens of min(w A, clip(w, low, high) A),   w = exp(logp - old_logp)
 
     measure and delta give the window of the ratio; window (low, high) overrides them. divergence (B, T), one number a token,
-    gates by the predicate divergence <= delta instead. denominator as in grpo.py.
+    gates by the predicate divergence <= delta instead; measure "kl" needs it, else ValueError. denominator as in grpo.py.
+    metrics: clip_up and clip_down, the tokens cut with A > 0 and A < 0, and kl3, weighed as in the loss; the largest ratio.
     """
     if denominator is None:
         denominator = mask.sum().clamp(min=1)
     A = advantages[:, None]                                                             # (B, 1)
-    log_ratio = (logp - old_logp).float().clamp(-20, 20)                                # (B, T), d
+    log_ratio = (logp - old_logp).clamp(-20, 20)                                        # (B, T), d
     ratio = log_ratio.exp()                                                             # (B, T), w
     if divergence is None:
         low, high = window or clip_range(delta, measure)
@@ -159,11 +162,11 @@ class Config:
     temperature: float = flag(1.0, "for sampling and in training alike", above=0)
     lr: float = flag(1e-4, "AdamW, constant, for four updates a rollout; BuPO: 1e-6", real=1e-6, above=0)
     updates_per_rollout: int = flag(4, "optimiser steps a rollout, each on its share of the prompts; with 1 no gate acts", low=1)
-    ppo_epochs: int = flag(1, "passes over a rollout, each with all its updates", low=1)
+    ppo_epochs: int = flag(1, "passes over a rollout, each with all its updates; BuPO: 1", low=1)
     advantage: str = flag("grpo", "how rewards become advantages", choices=("grpo", "rloo", "reinforce++", "dr_grpo"))
     aggregation: str = flag("token", "mean over all tokens, per answer first, or over a constant length",
                             choices=("token", "sequence", "constant"))
-    measure: str = flag("kl3", "what is held below delta at each token; kl: over the whole vocabulary, keeps the old states",
+    measure: str = flag("kl3", "what delta bounds at each token; kl: over the whole vocabulary, one more forward pass",
                         choices=("kl3", "ratio", "kl1", "abs_kl1", "kl2", "kl", "none"))
     delta: float = flag(None, "its threshold; 0.02 unless given, which is the usual 1 +- 0.2 for the ratio", type=float, above=0)
     clip_low: float = flag(None, "instead of --delta: ratios below 1 - this are cut when A < 0", type=float, low=0, high=1)

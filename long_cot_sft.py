@@ -1,7 +1,7 @@
 """Long chain-of-thought by fine-tuning: take a teacher's long answers, keep those that come out right, imitate them.
 
 Paper: Demystifying Long Chain-of-Thought Reasoning in LLMs (arXiv 2502.03373), sections 3 to 5; ppo.py is its RL half.
-Run:   python long_cot_sft.py                                   the embedded model learns to check itself, about two minutes
+Run:   python long_cot_sft.py                                   the embedded model learns to check itself, a minute on a laptop
        python long_cot_sft.py --teacher-style short             the paper's rival: short chains, sampled at temperature 0.7
        python long_cot_sft.py --source construct                chains built action by action instead of sampled whole
        python long_cot_sft.py --label-noise 0.3 --filter agree  labels of which three in ten are wrong, and a filter
@@ -14,7 +14,7 @@ See:   the share of answers kept and a histogram of their lengths; then the loss
 The teacher shares the student's device while it samples. One that needs a server is sampled there; its answers come by --traces.
 
 Deviations ledger: paper | the authors' code | here, and why
-  problems         | 7,500 of MATH | the same | the training half of --data
+  problems         | 7,500 of MATH | the same | the training part of --data
   long chains      | QwQ-32B-Preview, T 1, top-p 0.95, 8,192 tokens | data sets released | --teacher-style long, as there;
       the embedded teacher is asked for its long style, which the student's prompt does not name
   short chains     | Qwen2.5-Math-72B-Instruct, T 0.7, top-p 0.95, 4,096 tokens; T 1 failed | the same | --teacher-style short
@@ -24,6 +24,7 @@ Deviations ledger: paper | the authors' code | here, and why
       warm-up from 0 | the same for larger models; warm-up from the first share; longer than the context: dropped and counted
   loss             | not said | mean per answer (micro-batch 1), prompt masked, stop token in | mean over all tokens of an update,
       so that micro-batching changes nothing
+  evaluation       | T 0.7, top-p 0.95, 4 answers or more, 16,384 tokens | the same | T 1; common.evaluate --temperature --top-p
   long contexts    | RoPE theta x 10 for Qwen2.5-Math-7B | in the model's config | the same way: edit config.json of a local copy
   silver data, SFT | WebInstruct: one answer, not verified; 0, 50 or 100 % of the mix | a data set | --keep all --samples 1
   silver data, RL  | 2 answers a problem, dropped if neither matches its label: 115k problems, 189k answers | not released |

@@ -4,13 +4,13 @@ Paper: Demystifying Long Chain-of-Thought (arXiv 2502.03373, "§"), whose RL thi
 own advantage: what followed it, discounted, minus V(s_t), what the critic had expected before the token was drawn.
 Run:   python ppo.py                                   the embedded model learns arithmetic, two minutes on a laptop
        python ppo.py --model Qwen/Qwen2.5-Math-7B --data zwhe99/DeepMath-103K --reward cosine
-       python ppo.py --reward classic --penalty 0 --kl-coef 0 --aggregation token --value-clip 0.5 --dual-clip 10    as in BuPO's
+       python ppo.py --reward classic --penalty 0 --kl-coef 0 --aggregation token --value-clip 0.5 --dual-clip 10    as BuPO's PPO
 See:   reward (share of right answers) rises as in grpo.py, score (what is trained on) with it; explained_variance (1: the critic
        knows every return, 0: only their mean) stays near 0 in a run as short as the embedded model's; exceeded stays low.
 
 This file is grpo.py with a critic in place of the group: diff grpo.py ppo.py. Longest of all: rewards, returns, values by token.
 
-Deviations ledger: topic | paper | the authors' code (a fork of OpenRLHF) | here, and why
+Deviations ledger: paper | the authors' code (a fork of OpenRLHF) | here, and why
   cosine           | r_0 and r_L stand where they would land at the wrong ends | r_0 at length 0, r_L at the limit | as the code
   length, limit    | "16K" context | new tokens with the stop token, added if missing; 14336 | as sampled, with the stop token if
       there is one; --max-new-tokens, and a length beyond counts as the limit (the code's cosine would turn back)
@@ -35,7 +35,8 @@ Deviations ledger: topic | paper | the authors' code (a fork of OpenRLHF) | here
   whitening        | yes | over the rollout's tokens, population variance at least 1e-8 | as the code (BuPO's: ddof 1)
   mean over tokens | - | micro-batches of one answer: per answer, then over answers | --aggregation sequence; BuPO's PPO: token
   updates a rollout| 1 or 2 epochs | 512 samples each, of 512 problems x 4 to 16, shuffled | --updates-per-rollout 4, by problems
-  optimiser        | lr 5e-7, critic 9e-6 (some 4.5e-6) | Adam (0.9, 0.95), warm-up 3 %, cosine to 10 % | AdamW, lr constant
+  optimiser        | lr 5e-7, critic 9e-6 (some 4.5e-6) | Adam (0.9, 0.95), warm-up 3 %, cosine to 10 % | AdamW (0.9, 0.999),
+      decay 0.01, lr constant, as grpo.py
   also there       | - | --normalize_reward, without effect; a text repetition score and a linear length reward, unused | left out
 """
 import math
@@ -61,8 +62,8 @@ RANGES = {  # --reward -> (at length 0, at the limit) for right and for wrong an
     "B": ((6.0, 5.0), (-10.0, 0.0)), "C": ((10.0, 9.0), (-10.0, 0.0))}
 
 
-def too_long(length: int, max_length: int, margin: int = 16) -> bool:
-    """The exceed test, tokens with the stop token: it is made before anyone asks whether the answer is right."""
+def too_long(length, max_length: int, margin: int = 16):
+    """The exceed test of a length (int or tensor; tokens, stop token included), made before anyone asks for right or wrong."""
     return length + margin >= max_length
 
 
@@ -102,7 +103,7 @@ def repetition_penalty(token_ids: list[int], ngram: int = 40, penalty: float = -
 
 
 def discounted_returns(rewards: torch.Tensor, gammas: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """§4.6: sum over m and l of gamma_m^l r_{m,t+l}. (M, B, T), (M,), (B, T) -> (B, T), 0 where mask is."""
+    """§4.6: sum over m and l of gamma_m^l r_{m,t+l}. (M, B, T), (M,), (B, T) -> (B, T), 0 where mask is 0."""
     returns, following = torch.zeros_like(rewards), torch.zeros_like(rewards[..., 0])   # (M, B, T), (M, B)
     for t in reversed(range(rewards.shape[-1])):
         following = (rewards[..., t] + gammas[:, None] * following) * mask[:, t]
@@ -111,7 +112,7 @@ def discounted_returns(rewards: torch.Tensor, gammas: torch.Tensor, mask: torch.
 
 
 def gae(rewards, values, mask, gamma: float = 1.0, lam: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Generalised advantage estimation (arXiv 1506.02438, eq. 16). (B, T) x3 -> advantages, returns (B, T), 0 where mask is.
+    """Generalised advantage estimation (arXiv 1506.02438, eq. 16). (B, T) x3 -> advantages, returns (B, T), 0 where mask is 0.
 
         A_t = delta_t + gamma lam A_{t+1},   delta_t = r_t + gamma V(s_{t+1}) - V(s_t),   return_t = A_t + V(s_t)
     """
@@ -129,7 +130,7 @@ def charge_kl(rewards, logp, ref_logp, kl_coef: float) -> torch.Tensor:
     return rewards - kl_coef * (logp - ref_logp) / len(rewards)
 
 
-def advantages_of(rewards, gammas, values, mask, lam: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+def advantages_and_returns(rewards, gammas, values, mask, lam: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """(M, B, T), (M,), (B, T) x2 -> advantages, returns (B, T). With one discount for all the rewards add up, and lam is free."""
     if (gammas == gammas[0]).all():
         return gae(rewards.sum(0), values, mask, gammas[0], lam)
@@ -152,6 +153,7 @@ def ppo_loss(logp, old_logp, advantages, mask, clip_low=0.2, clip_high=0.2, dual
 
     denominator: what the sum over tokens is divided by, a number or (B, 1); default: the tokens in mask. Take it over the
     whole update when that is split into micro-batches. dual_clip c > 1 bounds the loss of a bad token by c |A|.
+    metrics: clip_fraction, the tokens that got no gradient, weighed as in the loss, and the largest ratio.
     """
     if denominator is None:
         denominator = mask.sum().clamp(min=1)
@@ -177,8 +179,8 @@ def explained_variance(values, returns, mask) -> float:
     """1 - Var(returns - values) / Var(returns) over the tokens in mask. (B, T) x3 -> at most 1; 0 if all returns are equal."""
     n = total(mask.sum()).clamp(min=1)
     mean = lambda x: total((x * mask).sum()) / n
-    left, all = (mean((x - mean(x)).square()).item() for x in (returns - values, returns))
-    return 1 - left / all if all else 0.0
+    left, whole = (mean((x - mean(x)).square()).item() for x in (returns - values, returns))
+    return 1 - left / whole if whole else 0.0
 
 
 def token_denominator(how: str, lengths: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
@@ -328,7 +330,7 @@ def main(argv=None):
             correct *= rollout.finished                                                         # (B,) 0 or 1
             repeated = repeated_tokens(rollout, cfg.ngram)                                      # (B, T)
             rewards = token_rewards(cfg, rollout, correct, repeated)                            # (M, B, T)
-        mask, budget = rollout.mask, cfg.micro_batch_tokens                                     # (B, T)
+        mask = rollout.mask                                                                     # (B, T)
         outcomes = {"score": rewards.sum().item() / len(mask),
                     "exceeded": too_long(rollout.lengths, cfg.max_new_tokens, cfg.margin).float().mean().item(),
                     "repeated": (total(repeated.sum()) / total(mask.sum())).item()}
@@ -337,24 +339,25 @@ def main(argv=None):
         if step == 0:  # else the trunk spends its first updates on learning this one number, and its features go with it
             critic.head.bias.data.fill_((total(discounted_returns(rewards, gammas, mask).sum()) / total(mask.sum())).item())
 
+        updates = torch.arange(len(mask), device=mask.device).chunk(cfg.updates_per_rollout)    # each its share of the prompts
+        denominator = torch.cat([token_denominator(cfg.aggregation, mask[rows].sum(1), cfg.max_new_tokens)
+                                 for rows in updates])                                          # (B, 1)
         parts, gaps = [], []
         with run.clock("training"):
-            old_logp, old_values = score_with_values(model, critic, rollout, budget, cfg.temperature)  # (B, T) each
+            old_logp, old_values = score_with_values(                                           # (B, T) each
+                model, critic, rollout, cfg.micro_batch_tokens, cfg.temperature)
             if reference is not None:
                 with reference() as initial:
-                    ref_logp = score(initial, rollout, None, budget, cfg.temperature)           # (B, T)
+                    ref_logp = score(initial, rollout, None, cfg.micro_batch_tokens, cfg.temperature)   # (B, T)
                 rewards = charge_kl(rewards, old_logp, ref_logp, cfg.kl_coef)                   # (M, B, T)
                 outcomes["kl"] = (old_logp - ref_logp).sum().item() / len(mask)                 # nats an answer
-            advantages, returns = advantages_of(rewards, gammas, old_values, mask, cfg.lam)     # (B, T) each
+            advantages, returns = advantages_and_returns(rewards, gammas, old_values, mask, cfg.lam)  # (B, T) each
             advantages = whiten(advantages, mask)                                               # (B, T)
             outcomes["explained_variance"] = explained_variance(old_values, returns, mask)
-
-            updates = torch.arange(len(mask), device=mask.device).chunk(cfg.updates_per_rollout)  # each its share of the prompts
-            denominator = torch.cat([token_denominator(cfg.aggregation, rollout.lengths[rows], cfg.max_new_tokens)
-                                     for rows in updates])                                      # (B, 1)
             for update, rows in enumerate(updates * cfg.ppo_epochs):
-                for m in micro_batches(rows, rollout, budget):                                  # (b,) row numbers
-                    logp, values = logp_and_values(model, critic, rollout[m], cfg.temperature)  # (b, T) each
+                for m in micro_batches(rows, rollout, cfg.micro_batch_tokens):                  # (b,) row numbers
+                    part = rollout[m]
+                    logp, values = logp_and_values(model, critic, part, cfg.temperature)        # (b, T) each
                     loss, metrics = ppo_loss(logp, old_logp[m], advantages[m], mask[m], cfg.clip_low, cfg.clip_high,
                                              cfg.dual_clip, denominator[m])
                     critic_loss = value_loss(values, old_values[m], returns[m], mask[m], cfg.value_clip, denominator[m])
@@ -363,7 +366,7 @@ def main(argv=None):
                     parts.append({"loss": loss.item(), "value_loss": critic_loss.item(), **metrics,
                                   "value_clip_fraction": (held * mask[m] / denominator[m]).sum().item()})
                     if update == 0:
-                        gaps.append((logp.detach() - rollout.logp[m])[mask[m] > 0])
+                        gaps.append((logp.detach() - part.logp)[mask[m] > 0])
                 parts.append({"grad_norm": optimizer.step(max_norm=1.0), "critic_grad_norm": critic_optimizer.step(max_norm=1.0)})
         run.log(rollout, correct.view(len(problems), cfg.group_size), parts, gaps, **outcomes)
     run.finish()

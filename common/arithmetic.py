@@ -1,8 +1,8 @@
 """The embedded task: two- and three-step whole-number arithmetic, e.g. "Compute 17+4*6-9." -> "32".
 
 Problems are made on the spot from a seed; nothing is stored. A hash of the problem's text decides whether it belongs to the
-training or to the evaluation half, so the two can never overlap, whatever seeds are used. The embedded model (common/tiny)
-was trained on the training half alone.
+training or to the evaluation part, so the two can never overlap, whatever seeds are used. The embedded model (common/tiny)
+was trained on the training part alone.
 """
 import hashlib
 import random
@@ -30,12 +30,12 @@ def solve(numbers: list[int], operators: list[str]) -> list[tuple[int, str, int,
 
 
 def is_held_out(problem: str) -> bool:
-    """Whether a problem belongs to the evaluation half: one in eight, by a hash of its text."""
+    """Whether a problem belongs to the evaluation part: one in eight, by a hash of its text."""
     return hashlib.sha256(problem.encode()).digest()[0] < 32
 
 
 def make_problem(rng: random.Random, held_out: bool) -> tuple[str, list[int], list[str]]:
-    """One problem of the wanted half -> (text, numbers, operators). Two or three steps, at most one product."""
+    """One problem of the wanted part -> (text, numbers, operators). Two or three steps, at most one product."""
     while True:
         operators = [rng.choice("+-") for _ in range(rng.choice((2, 3)))]
         if rng.random() < 0.6:
@@ -51,7 +51,7 @@ def make_problem(rng: random.Random, held_out: bool) -> tuple[str, list[int], li
 
 
 def arithmetic_problems(count: int, held_out: bool, seed: int = 0) -> list[dict]:
-    """`count` different problems of one half as {"problem", "answer"} rows; the same seed gives the same list."""
+    """`count` different problems of one part as {"problem", "answer"} rows; the same seed gives the same list."""
     rng, seen = random.Random(f"arithmetic {held_out} {seed}"), {}
     while len(seen) < count:
         problem, numbers, operators = make_problem(rng, held_out)

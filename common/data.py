@@ -1,7 +1,7 @@
 """Problems with answers: the embedded arithmetic, a local .jsonl/.json/.parquet, or a hub dataset -> rows {"problem", "answer"}.
 
-Columns are recognised by name; what was taken is printed with the first pair, what had to be dropped is counted. So are the
-four benchmarks of the long chain-of-thought paper, from the hub or a file with their columns:
+Columns are recognised by name; what was taken is printed with the first pair, what had to be dropped is counted. Recognised as
+well are the four benchmarks of the long chain-of-thought paper, from the hub or a file with their columns:
   MATH-500   HuggingFaceH4/MATH-500                                problem, answer
   AIME 2024  HuggingFaceH4/aime_2024, Maxwell-Jia/AIME_2024        problem, answer or Problem, Answer; --split train
   TheoremQA  TIGER-Lab/TheoremQA                                   Question, Answer, Answer_type
@@ -122,8 +122,7 @@ def load_problems(name: str, split: str = "train", prompt_column: str | None = N
                   held_out: bool = False, seed: int = 0, count: int | None = None) -> list[dict]:
     """-> rows {"problem": text or chat messages, "answer": text}, each problem once; `count` of them, drawn by the seed.
 
-    held_out takes the evaluation half of `arithmetic`; for other data it only picks what is printed. Raises BadInput when
-    nothing usable is left.
+    held_out takes the evaluation part of `arithmetic`; other data has none. Raises BadInput when nothing usable is left.
     """
     if name == "arithmetic":
         return arithmetic_problems(2048 if count is None else count, held_out, seed)
@@ -158,7 +157,7 @@ def load_problems(name: str, split: str = "train", prompt_column: str | None = N
 def load_train_and_eval(cfg) -> tuple[list[dict], list[dict]]:
     """The training and the evaluation problems of a run (cfg: its flags); no problem is in both.
 
-    Without --eval-data, `arithmetic` has a half of its own for evaluation, and from other data --eval-problems rows, at most
+    Without --eval-data, `arithmetic` has a part of its own for evaluation, and from other data --eval-problems rows, at most
     a fifth, are set aside before training.
     """
     columns = dict(prompt_column=cfg.prompt_column, answer_column=cfg.answer_column)
@@ -212,6 +211,8 @@ def encode_prompt(tokenizer, problem: str | list[dict], system: str = "", thinki
 
 def encode_prompts(tokenizer, rows: list[dict], system: str, thinking: bool, longest: int) -> list[dict]:
     """Adds "prompt", the token ids, to every row; drops rows whose prompt is longer than `longest` tokens, with a count."""
+    if longest < 1:
+        raise BadInput(f"--max-new-tokens: lower it by {1 - longest} or more, it leaves the model's context no room for a prompt")
     encoded = [{**row, "prompt": encode_prompt(tokenizer, row["problem"], system, thinking)}
                for row in tqdm(rows, desc="encoding prompts", leave=False, disable=len(rows) < 10_000)]
     kept = [row for row in encoded if len(row["prompt"]) <= longest]

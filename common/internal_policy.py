@@ -51,7 +51,8 @@ def first_blocks(model, layer: int, final_norm: bool = False) -> nn.Module:
 
 
 def hidden_states(model, input_ids, attention_mask=None, layer: int | None = None, final_norm: bool = False) -> torch.Tensor:
-    """(B, T) ids -> (B, T, D), what the unembedding reads: norm(H^L) for layer None or L, else H^layer as in eq. 5."""
+    """ids (B, S) -> (B, S, D), what the unembedding reads: norm(H^L) for layer None or L, else H^layer as in eq. 5, normed with
+    final_norm. ValueError outside 1..L."""
     gather_rest(causal_lm(model))
     trunk = causal_lm(model).model
     if layer is not None and layer != len(trunk.layers):

@@ -161,8 +161,6 @@ def memory_plan(model, rows: int, tokens: int, micro_batch_tokens: int, max_rows
     numel = {p: p.numel() for p in lm.parameters()}
     trained = sum(n for p, n in numel.items() if p.requires_grad)
     item, N = (getattr(lm, "narrow", None) or next(lm.parameters()).dtype).itemsize, size()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * item
     trunk = {p: numel[p] for p in lm.model.parameters()} if critic else {}
     learns = sum(n for p, n in trunk.items() if p.requires_grad)
     master = 4 if item < 4 or N > 1 or offload else 0
@@ -179,7 +177,7 @@ def memory_plan(model, rows: int, tokens: int, micro_batch_tokens: int, max_rows
         "float32 masters": master * (trained + learns) / N,
         "gradients": 4 * (trained + learns) / N,
         "Adam moments": 8 * (trained + learns) / N,
-        "cache and logits while sampling": cache_token * tokens + LOGIT_BYTES * config.vocab_size,
+        "cache and logits while sampling": row_bytes(model, tokens),
         "activations": activation_token * min(micro_batch_tokens, rows * tokens),
         "logits chunk": 6 * 4 * min(1 << 26, config.vocab_size * micro_batch_tokens),  # softmax, and gradients of both uses of it
     }
@@ -198,17 +196,22 @@ def memory_plan(model, rows: int, tokens: int, micro_batch_tokens: int, max_rows
     return {name: value / 2**30 for name, value in plan.items()}
 
 
+def row_bytes(model, tokens: int) -> int:
+    """What an answer of `tokens` tokens, prompt included, takes while it is sampled: keys and values, and a token's logits."""
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    item = (getattr(causal_lm(model), "narrow", None) or next(model.parameters()).dtype).itemsize
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * tokens * item + LOGIT_BYTES * config.vocab_size
+
+
 def max_rows_for(model, tokens: int, coming: float = 0.0) -> int:
     """How many answers of `tokens` tokens are decoded at once: cache and logits take at most half of what is free (8 GiB on a
     CPU), and not of what is `coming`, in bytes."""
-    config, device = model.config, next(model.parameters()).device
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    item = (getattr(causal_lm(model), "narrow", None) or next(model.parameters()).dtype).itemsize
-    row = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * tokens * item + LOGIT_BYTES * config.vocab_size
+    device = next(model.parameters()).device
     free, card = 16 << 30, torch.get_device_module(device)
     if hasattr(card, "mem_get_info"):  # what torch has reserved but not handed out is free as well
         free = card.mem_get_info(device)[0] + card.memory_reserved(device) - card.memory_allocated(device) - coming
-    return max(1, min(512, math.floor(free / 2 / row)))
+    return max(1, min(512, math.floor(free / 2 / row_bytes(model, tokens))))
 
 
 def peak_bytes() -> float:

@@ -52,8 +52,8 @@ class MasterAdamW:
     def step(self, max_norm: float = 1.0) -> float:
         """Clips the gradient to a global norm, updates, forgets the gradient -> the norm before clipping.
 
-        If the norm or a loss given to backward() is not finite, nothing is updated, and NaN or infinity is returned. Gradients
-        take no memory while answers are sampled.
+        If the norm is 0, as where no group had a signal, nothing is updated, not even moments or decay; nor if it or a loss given
+        to backward() is not finite, and then NaN or infinity is returned. Gradients take no memory while answers are sampled.
         """
         norm = torch.nn.utils.clip_grad_norm_(self.masters, max_norm)
         norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()

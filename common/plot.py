@@ -37,6 +37,12 @@ def looks_of(names) -> list[dict]:
             for i, name in enumerate(names)]
 
 
+def smooth(values: list[float]) -> list[float]:
+    """The mean of each value and those before it, a tenth of all at most."""
+    width = max(1, len(values) // 10)
+    return [sum(values[max(0, i + 1 - width):i + 1]) / min(width, i + 1) for i in range(len(values))]
+
+
 def plot_run(folder: pathlib.Path) -> None:
     """Reads metrics.jsonl and summary.json of a run's folder, writes curve.png beside them."""
     plt = pyplot()
@@ -47,10 +53,8 @@ def plot_run(folder: pathlib.Path) -> None:
     titles = {"reward": "share of answers right", "length": "tokens per answer", "entropy": "entropy, nats per token"}
     for axis, (name, title) in zip(axes, titles.items()):
         values = [row.get(name, float("nan")) for row in rows]  # a method without a reward has no curve there
-        window = max(1, len(values) // 10)
-        smooth = [sum(values[max(0, i - window + 1):i + 1]) / min(window, i + 1) for i in range(len(values))]
         axis.plot(steps, values, color="#0072B2", alpha=0.35, linewidth=1)
-        axis.plot(steps, smooth, color="#0072B2", linewidth=2.5, label=f"mean of {window} steps")
+        axis.plot(steps, smooth(values), color="#0072B2", linewidth=2.5, label=f"mean of {max(1, len(values) // 10)} steps")
         axis.set_title(title, fontsize=13)
         axis.set_xlabel("step", fontsize=12)
         axis.tick_params(labelsize=11)
@@ -214,8 +218,7 @@ def plot_runs(groups: dict[str, list[dict]], path: pathlib.Path) -> None:
             for run in runs:
                 values = [sum(row[key] for key in keys if key in row) if any(key in row for key in keys) else math.nan
                           for row in run["rows"]]
-                width = max(1, len(values) // 10)
-                curves.append([sum(values[max(0, i + 1 - width):i + 1]) / min(width, i + 1) for i in range(len(values))])
+                curves.append(smooth(values))
             columns, steps = list(zip(*curves)), [row["step"] for row in runs[0]["rows"]]
             if any(not math.isnan(y) for column in columns for y in column):
                 axis.plot(steps[:len(columns)], [sum(c) / len(c) for c in columns], linewidth=2.5, label=label, **look)

@@ -3,7 +3,7 @@
     run = start(cfg, "grpo")               # loads, checks, prints; nothing is written before everything has been checked
     for step in run.steps():               # evaluates first; a tqdm bar; checkpoints; Ctrl-C ends it after the current step
         with run.clock("sampling"): ...    # seconds go into the metrics
-        run.log(reward=..., length=...)    # one row of metrics.jsonl
+        run.log(rollout, rewards, parts, gaps)    # one row of metrics.jsonl
     run.finish()                           # evaluates, saves the model, prints where everything lies
 
 Nothing random is kept between steps: data order and answers follow from (seed, step). So a checkpoint is the weights, the
@@ -46,7 +46,7 @@ from common.plot import plot_run
 
 
 class Run:
-    """One run: .cfg .folder .model .tokenizer .optimizer .train .held_out, filled by start()."""
+    """One run: .cfg .folder .model .tokenizer .optimizer .train .held_out, filled by start(); .rows (metrics), .summary."""
 
     def __init__(self, cfg, name: str):
         self.cfg, self.name, self.seconds, self.notes = cfg, name, {}, set()
@@ -244,11 +244,11 @@ class Run:
         first = next((r["entropy"] for r in self.rows if "entropy" in r), math.inf)
         for key, seen, line in (
             ("truncated", row.get("truncated", 0) > 0.5,
-             "over half of the answers hit --max-new-tokens before they ended and count as wrong: raise it"),
+             "over half of the answers hit --max-new-tokens before they ended: raise it"),
             ("signal", row.get("no_signal", 0) > 0.8 and "value_loss" not in row,  # a critic needs no group
              "in over 80 % of the groups all answers are right or all wrong, nothing to learn: other problems or larger groups"),
-            ("entropy", row.get("entropy", first) < 0.1 * first,
-             "the entropy has fallen below a tenth of its start, the model repeats itself: lower --lr"),
+            ("entropy", "reward" in row and row["entropy"] < 0.1 * first,  # without rewards to fall is its purpose
+             "the entropy has fallen below a tenth of its start, groups will soon be all right or all wrong: lower --lr"),
             ("finite", row.get("skipped"),
              "the loss or its gradient is not finite, so the update was left out; five such steps in a row end the run"),
         ):
@@ -295,7 +295,7 @@ class Run:
                 verdict = "right" if row["correct"][0] else "wrong"
                 print(f"  {str(row['problem'])[-300:]}  gold {row['answer']}\n    {verdict}: {row['responses'][0][:600]}")
         seconds = self.summary.get("seconds", 0) + time.time() - self.started
-        self.summary |= {"seconds": round(seconds, 1), "steps": self.cfg.steps}
+        self.summary |= {"seconds": round(seconds, 1), "steps": len(self.rows)}
         self.write("summary.json", json.dumps(self.summary, indent=1))
         if rank() > 0:
             return
@@ -323,8 +323,6 @@ def start(cfg, name: str) -> Run:
                            cuda_graphs=cfg.cuda_graphs)
     context = causal_lm(run.model).config.max_position_embeddings
     train, held_out = load_train_and_eval(cfg)
-    if context <= cfg.max_new_tokens:
-        raise BadInput(f"--max-new-tokens {cfg.max_new_tokens}: the model's context is {context} tokens, prompt included")
     prompts = (cfg.system, cfg.thinking, context - cfg.max_new_tokens)
     run.train, run.held_out = (encode_prompts(run.tokenizer, rows, *prompts) for rows in (train, held_out))
     run.optimizer = run.attach("optimizer", MasterAdamW(run.model, cfg.lr, offload=cfg.offload_optimizer))

@@ -185,7 +185,8 @@ def sample(model, tokenizer, prompts: list[list[int]], n: int, max_new_tokens: i
     repetition_penalty > 1 divides positive and multiplies negative logits of tokens that the prompt or the answer holds already
     (CTRL, arXiv 1909.05858); like top_p it leaves logp and entropy those of the model.
     graphs: record the steps as CUDA graphs; default: what --cuda-graphs said when the model was loaded.
-    Raises ValueError for an empty prompt or for n, max_new_tokens < 1, temperature < 0, top_p outside (0, 1].
+    Raises ValueError for no prompt, an empty one, n or max_new_tokens < 1, temperature < 0, top_p outside (0, 1] or
+    repetition_penalty <= 0.
     """
     if not prompts or not all(prompts):
         raise ValueError("sample needs at least one prompt and no empty one")

@@ -19,7 +19,7 @@ from common.sampling import Rollout
 from ppo import (
     RANGES,
     Critic,
-    advantages_of,
+    advantages_and_returns,
     charge_kl,
     classic_reward,
     cosine_reward,
@@ -161,13 +161,13 @@ def test_gae_stops_at_the_end():
     assert near(advantages, 0.75, -1, 0) and near(returns, 1.25, 0, 0)
 
 
-def test_advantages_of():
+def test_advantages_and_returns():
     """Two discounts: the returns above less the values. One for both: the rewards add up to (-1, 0, -1) and (1, 3); γ = 1, λ = 0 and
     V = (1, 2, 3 | 1, 2) give δ = (-1 + 2 - 1, 3 - 2, -1 - 3 | 1 + 2 - 1, 3 - 2)."""
     values = torch.tensor([[1., 2, 3], [1, 2, 99]])
-    advantages, returns = advantages_of(TWO, torch.tensor([0.5, 1.0]), values, MASK)
+    advantages, returns = advantages_and_returns(TWO, torch.tensor([0.5, 1.0]), values, MASK)
     assert near(returns, -2.75, -1.5, -1, 3, 3, 0) and near(advantages, -3.75, -3.5, -4, 2, 1, 0)
-    assert near(advantages_of(TWO, torch.tensor([1.0, 1.0]), values, MASK, lam=0.0)[0], 0, 1, -4, 2, 1, 0)
+    assert near(advantages_and_returns(TWO, torch.tensor([1.0, 1.0]), values, MASK, lam=0.0)[0], 0, 1, -4, 2, 1, 0)
 
 
 def test_whiten():
