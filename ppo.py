@@ -27,7 +27,7 @@ Deviations ledger: paper | the authors' code (a fork of OpenRLHF) | here, and wh
   KL               | in the reward, 0.01 | k1, per token, split equally over the rewards, so half of it is discounted by γ_p;
       added after the rewards were clipped to ±10 | as the code; --kl-coef 0 loads no reference
   critic           | - | the policy's weights, new head drawn with std 1/(D+1), no bias, no warm-up | --critic copy: the same, but
-      the head is float32, weights 0, and has a bias: the first rollout's mean return. Without it a critic of the embedded model,
+      the head is float32, starts at 0, and adds the first rollout's mean return. Without it a critic of the embedded model,
       policy held still, explained 0.001 of the variance after four rollouts, with it 0.11 (one seed). With --lora-rank: a second
       base model, adapters of its own. --critic shared: the head reads the policy's last states, and trains them too
   value loss       | clip 0.2 | the larger square, halved (BuPO's: clip 0.5, mean over tokens) | the same, but clip 2 for the
@@ -191,10 +191,11 @@ def token_denominator(how: str, lengths: torch.Tensor, max_new_tokens: int) -> t
 
 
 class Critic(nn.Module):
-    """V(s) = w . state + b, in float32. The states are those of a trunk of its own, or, without one, the policy's (shared)."""
+    """V(s) = w . state + b + offset, in float32; states of a trunk of its own or, without one, the policy's (shared)."""
     def __init__(self, width: int, trunk: nn.Module | None = None):
         super().__init__()
         self.trunk, self.head = trunk, nn.Linear(width, 1, dtype=torch.float32)
+        self.register_buffer("offset", torch.zeros((), dtype=torch.float32))
         for weight in self.head.parameters():
             nn.init.zeros_(weight)
 
@@ -202,7 +203,7 @@ class Critic(nn.Module):
         """ids, predicts (B, S) as from join(); states (N, D), the policy's -> (N,)."""
         if self.trunk is not None:
             states = self.trunk(input_ids=ids, use_cache=False).last_hidden_state[predicts]
-        return self.head(states.float())[:, 0]
+        return self.head(states.float())[:, 0] + self.offset
 
     def state_dict(self, *args, **kwargs):
         """What is trained: of a trunk with adapters, the adapters."""
@@ -337,7 +338,7 @@ def main(argv=None):
 
         gammas = torch.tensor([cfg.gamma, cfg.penalty_gamma][:len(rewards)], device=mask.device)    # (M,)
         if step == 0:  # else the trunk spends its first updates on learning this one number, and its features go with it
-            critic.head.bias.data.fill_((total(discounted_returns(rewards, gammas, mask).sum()) / total(mask.sum())).item())
+            critic.offset.copy_(total(discounted_returns(rewards, gammas, mask).sum()) / total(mask.sum()))
 
         updates = torch.arange(len(mask), device=mask.device).chunk(cfg.updates_per_rollout)    # each its share of the prompts
         denominator = torch.cat([token_denominator(cfg.aggregation, mask[rows].sum(1), cfg.max_new_tokens)

@@ -6,7 +6,9 @@ import pathlib
 import sys
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging
 
 from common.distributed import shard, size
@@ -16,6 +18,23 @@ logging.disable_progress_bar()  # loading and saving take moments; the bars woul
 
 TINY = pathlib.Path(__file__).parent / "tiny"
 LOGIT_BYTES = 20  # of a logit while sampling: log-softmax, probabilities and entropy in float32, the running sum in float64
+
+
+def grouped_sdpa(module, query, key, value, attention_mask, **kwargs):
+    """transformers' sdpa, but where one new token looks back through a mask, the heads of its query (B, H, 1, D) that share a
+    head of keys are read as positions of one head, so that the cache (B, H_kv, S, D) is not copied for each of them.
+    transformers does so by itself from 5.23 on.
+    """
+    B, H, T, D = query.shape
+    if T > 1 or attention_mask is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    grouped = query.reshape(B, key.shape[1], -1, D)                                     # (B, H_kv, H / H_kv, D)
+    out, _ = sdpa_attention_forward(None, grouped, key, value, attention_mask, **kwargs)  # (B, H / H_kv, H_kv, D)
+    return out.transpose(1, 2).reshape(B, 1, H, -1), None
+
+
+AttentionInterface.register("grouped_sdpa", grouped_sdpa)
+AttentionMaskInterface.register("grouped_sdpa", sdpa_mask)
 
 
 def model_path(name: str) -> str:
@@ -47,14 +66,16 @@ def is_small(name: str) -> bool:
 
 
 def pick_device(device: str) -> torch.device:
-    """`auto`, `cpu`, `cuda`, `cuda:1`, `mps` -> a device that is there."""
+    """`auto`, `cpu`, `cuda`, `cuda:1`, `mps` -> a device that is there; a card becomes the current one."""
     if device == "auto":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(1, device=device)
+        place = torch.empty(1, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise BadInput(f"--device {device}: {str(error).splitlines()[0]}") from error
-    return torch.device(device)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)  # recordings and counters are the current one's
+    return place
 
 
 def widest(device: torch.device) -> torch.dtype:
@@ -94,13 +115,14 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto", lora_rank: 
         raise BadInput(f"--cuda-graphs: the device is {place} and there are {size()} processes; it needs a CUDA device and one")
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(dtype) or (
         torch.float32 if place.type == "cpu" else torch.bfloat16)
-    model = _from_pretrained(AutoModelForCausalLM, name, dtype=dtype, attn_implementation="sdpa", use_safetensors=True)
+    model = _from_pretrained(AutoModelForCausalLM, name, dtype=dtype, attn_implementation="grouped_sdpa", use_safetensors=True)
     if size() == 1:
         model.to(place)
-    if lora_rank:
+    if lora_rank:  # adapters in the model's dtype, as they have float32 masters: peft would compute with them in float32
         from peft import LoraConfig, PeftModel, get_peft_model
-        model = (PeftModel.from_pretrained(model, adapter, is_trainable=True) if adapter else
-                 get_peft_model(model, LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear")))
+        model = (PeftModel.from_pretrained(model, adapter, is_trainable=True, autocast_adapter_dtype=False) if adapter else
+                 get_peft_model(model, LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear"),
+                                autocast_adapter_dtype=False))
     pick_threads(place.type == "cpu" and model.config.hidden_size <= 256)
     causal_lm(model).cuda_graphs = cuda_graphs
     if model.config.hidden_size > 256:  # the name has changed in transformers 5.2x
@@ -181,10 +203,12 @@ def memory_plan(model, rows: int, tokens: int, micro_batch_tokens: int, max_rows
         "activations": activation_token * min(micro_batch_tokens, rows * tokens),
         "logits chunk": 6 * 4 * min(1 << 26, config.vocab_size * micro_batch_tokens),  # softmax, and gradients of both uses of it
     }
+    coming = plan["reference"] + plan["critic"] + (N > 1) * plan["weights"]
     if offload and next(lm.parameters()).device.type != "cpu":
         held = [plan.pop(name) for name in ("float32 masters", "gradients", "Adam moments")]
         print(f"in the CPU's memory, GiB: masters, gradients and moments {sum(held) / 2**30:.1f}")
-    coming = plan["reference"] + plan["critic"] + plan.get("Adam moments", 0) + (0 if offload else master * learns / N)
+    else:
+        coming += plan["Adam moments"] + master * learns / N
     plan["cache and logits while sampling"] *= min(rows, max_rows or max_rows_for(model, tokens, coming))
     of_block = sum(numel[p] for p in lm.model.layers[0].parameters()) * item
     sampling = plan["cache and logits while sampling"]

@@ -27,7 +27,7 @@ class MasterAdamW:
                 weight.register_post_accumulate_grad_hook(self._collector(master))
         fused = any(p.device.type != "cpu" for p in self.weights) or None  # on a GPU: else the update takes 4 more bytes a weight
         self.adamw = torch.optim.AdamW(self.masters, lr=lr, weight_decay=weight_decay, fused=fused)
-        self.given, self.updates, self.loss_is_finite = {"lr": lr, "weight_decay": weight_decay}, 0, True
+        self.given, self.updates, self.loss_is_finite = {"lr": lr, "weight_decay": weight_decay, "fused": fused}, 0, True
 
     @staticmethod
     def _collector(master):
@@ -75,12 +75,11 @@ class MasterAdamW:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
-        """Takes whole tensors, also where the weights are split."""
-        self.adamw.load_state_dict(state["adamw"])
-        for master, moments in self.adamw.state.items():
-            moments.update({name: split_like(value, master) for name, value in moments.items()})
-        for group in self.adamw.param_groups:  # a resumed run may have been given another learning rate
-            group.update(self.given)
+        """Takes whole tensors, also where the weights are split. Learning rate and decay stay what they are."""
+        moments = {i: {name: split_like(value, self.masters[i]) for name, value in of.items()}
+                   for i, of in state["adamw"]["state"].items()}
+        groups = [{**group, **self.given} for group in state["adamw"]["param_groups"]]
+        self.adamw.load_state_dict({"state": moments, "param_groups": groups})
         for master, saved in zip(self.masters, state["masters"], strict=True):
             if saved is not None:
                 master.copy_(split_like(saved, master))

@@ -83,7 +83,7 @@ class Run:
         self.parts[name] = part
         if self.checkpoint:
             try:
-                saved = torch.load(self.checkpoint / f"{name}.pt", map_location="cpu", weights_only=True)
+                saved = torch.load(self.checkpoint / f"{name}.pt", "cpu", weights_only=True, mmap=size() > 1)
                 now = part.state_dict()
                 part.load_state_dict({key: split_like(value, now[key]) if torch.is_tensor(value) and key in now else value
                                       for key, value in saved.items()})

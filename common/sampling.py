@@ -99,14 +99,12 @@ def record(step):
 
 
 def prefill(lm, prompts: list[list[int]], device) -> tuple[Cache, torch.Tensor, torch.Tensor]:
-    """Reads the prompts, padded on the left -> their cache, the states that predict what follows (P, D), their lengths (P,)."""
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)                        # (P, S)
-    seen = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)            # (P, S)
+    """Reads the prompts, padded on the right -> their cache, the states that predict what follows (P, D), their lengths (P,)."""
+    length, width = torch.tensor([len(p) for p in prompts], device=device), max(map(len, prompts))          # (P,)
+    ids = torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=device)                        # (P, S)
     cache = Cache(layer_class_to_replicate=SlotLayer)
-    states = lm.model(input_ids=ids, attention_mask=seen, position_ids=(seen.cumsum(-1) - 1).clamp(min=0),
-                      past_key_values=cache, use_cache=True).last_hidden_state
-    return cache, states[:, -1], seen.sum(-1)
+    states = lm.model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state               # (P, S, D)
+    return cache, states[torch.arange(len(prompts), device=device), length - 1], length
 
 
 @torch.inference_mode()
@@ -125,7 +123,7 @@ def decode(model, prompts: list[list[int]], rows: torch.Tensor, max_new_tokens: 
     tokens = rows.new_zeros(R, max_new_tokens)                                                              # (R, T)
     logp, entropy = hidden.new_zeros(2, R, max_new_tokens, dtype=torch.float32)                             # (R, T) each
     alive, token = torch.arange(R, device=device), torch.zeros_like(rows)                                   # (A,) rows left
-    begin, ended = width - length[rows], torch.zeros_like(rows).bool()                                      # (A,) first slot
+    length, ended = length[rows], torch.zeros_like(rows).bool()                                             # (A,) of the prompt
     said = rows.new_zeros(R, lm.config.vocab_size if repetition_penalty != 1 else 0).bool()                 # (R, V) tokens seen
     if repetition_penalty != 1:
         for row, prompt in enumerate(rows.tolist()):
@@ -143,9 +141,9 @@ def decode(model, prompts: list[list[int]], rows: torch.Tensor, max_new_tokens: 
         ended.logical_or_((token[:, None] == stop).any(1))
 
     def step():  # reads the tokens drawn last and draws the next, all in place: what has no new shape can be replayed
-        visible = (place >= begin[:, None]) & (place <= slot)                                               # (A, S+T)
+        visible = (place < length[:, None]) | (place >= width) & (place <= slot)                            # (A, S+T)
         states = lm.model(input_ids=token[:, None], attention_mask=visible[:, None, None],
-                          position_ids=(slot - begin)[:, None], past_key_values=cache, use_cache=True).last_hidden_state
+                          position_ids=(slot - width + length)[:, None], past_key_values=cache, use_cache=True).last_hidden_state
         slot.add_(1)
         draw(states[:, -1])
 
@@ -163,7 +161,7 @@ def decode(model, prompts: list[list[int]], rows: torch.Tensor, max_new_tokens: 
                 for layer in cache.layers:                                                                  # P caches -> A rows
                     layer.resize(rows[left] if layer.slot is None else left, room)
                     layer.slot = slot
-                alive, token, begin, ended, noise = (x[left] for x in (alive, token, begin, ended, noise))
+                alive, token, length, ended, noise = (x[left] for x in (alive, token, length, ended, noise))
                 advance = step
         advance()
         if graphs and advance is step:
@@ -199,10 +197,10 @@ def sample(model, tokenizer, prompts: list[list[int]], n: int, max_new_tokens: i
     owner = [p for p in range(len(prompts)) for _ in range(n)]                                              # row -> prompt
     place = [p if alone else p * size() + rank() for p in range(len(prompts))]                              # in the whole
     noise = torch.rand(place[-1] + 1, n, max_new_tokens, dtype=torch.float64, generator=generator)[place].flatten(0, 1)  # (B, T)
-    max_rows = max_rows or max_rows_for(causal_lm(model), max(map(len, prompts)) + max_new_tokens)
     graphs = getattr(causal_lm(model), "cuda_graphs", False) if graphs is None else graphs
     pieces = []
     with gathered(causal_lm(model)):
+        max_rows = max_rows or max_rows_for(causal_lm(model), max(map(len, prompts)) + max_new_tokens)
         for start in range(0, len(owner), max_rows):
             here = owner[start:start + max_rows]
             rows = torch.tensor([p - here[0] for p in here], device=device)

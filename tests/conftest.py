@@ -27,7 +27,7 @@ def random_model(kind: str, vocab_size: int = 97, layers: int = 4, tie: bool = F
     torch.manual_seed(seed)
     config, model = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM),
                      "llama": (LlamaConfig, LlamaForCausalLM)}[kind]
-    extra = {"head_dim": 8} if kind == "qwen3" else {}
+    extra = {"attn_implementation": "grouped_sdpa", **({"head_dim": 8} if kind == "qwen3" else {})}
     built = model(config(vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4,
                          num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=tie, eos_token_id=1, pad_token_id=0,
                          bos_token_id=None, initializer_range=0.3, **extra))

@@ -260,7 +260,7 @@ def test_the_command(tmp_path, capsys, tokenizer):
     ("--sample-layer 0", "at least 1"), ("--sample-layer 99", "has blocks 1"),
     ("--model nowhere/at/all", "no model in"), ("--model tiny nowhere/at/all", "no model in"), ("--model", "expected at least"),
     ("--data nothing.jsonl", "no such file"),
-    ("--max-new-tokens 512", "longer than"), ("--sample 3", "unrecognized"),
+    ("--max-new-tokens 512", "lower it by 1"), ("--sample 3", "unrecognized"),
     ("--output {file}", "holds something already"), ("--output {file}/sub", "cannot write there"),
     ("--model {gpt2}", "GPT2LMHeadModel is not supported"), ("--model {granite}", "GraniteForCausalLM is not supported"),
 ])

@@ -145,3 +145,16 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
     optimizer = MasterAdamW(holder, lr=0.1)
     (weight * float("nan")).sum().backward()
     assert math.isnan(optimizer.step()) and weight.item() == 1.0
+
+
+def test_a_resumed_optimizer_keeps_how_it_was_built():
+    """Moments and step count come from the checkpoint; learning rate, decay and the kind of update, which follows the device, do not."""
+    old, new = (MasterAdamW(torch.nn.Linear(2, 1), lr=lr, weight_decay=decay) for lr, decay in ((0.1, 0.01), (0.2, 0.0)))
+    old.backward(old.weights[0].sum())
+    old.step()
+    saved = old.state_dict()
+    saved["adamw"]["param_groups"][0]["fused"] = True
+    new.load_state_dict(saved)
+    group, moments = new.adamw.param_groups[0], new.adamw.state[new.masters[0]]
+    assert (group["lr"], group["weight_decay"], group["fused"]) == (0.2, 0.0, None)
+    assert moments["step"] == 1 and torch.equal(moments["exp_avg"], old.adamw.state[old.masters[0]]["exp_avg"])

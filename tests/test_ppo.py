@@ -229,13 +229,14 @@ def random_critic(model, kind):
     with torch.no_grad():
         critic.head.weight.normal_(generator=torch.Generator().manual_seed(1))
         critic.head.bias.fill_(0.7)
+        critic.offset.fill_(-2)
     return critic
 
 
 @pytest.mark.parametrize("kind", ["copy", "shared"])
 def test_values_are_of_the_state_before_each_token(kind):
-    """Enumerated: V of token t is the head on the last state of prompt + answer[:t], run alone. So the last token changes no value,
-    the one before it only the last; and the log-probs are the model's. A new critic says 0."""
+    """Enumerated: V of token t is the head on the last state of prompt + answer[:t], run alone, plus the offset. So the last token
+    changes no value, the one before it only the last; and the log-probs are the model's. A new critic says 0."""
     model = random_model("qwen3")
     critic = random_critic(model, kind)
     trunk = critic.trunk if kind == "copy" else model.model
@@ -247,7 +248,7 @@ def test_values_are_of_the_state_before_each_token(kind):
             for t in range(6):
                 ids = torch.tensor([prompt + said[:t]])
                 inside = t < rollout.lengths[b]
-                value = critic.head(trunk(ids).last_hidden_state[0, -1]).item() if inside else 0
+                value = critic.head(trunk(ids).last_hidden_state[0, -1]).item() - 2 if inside else 0
                 own = model(ids).logits[0, -1].log_softmax(-1)[said[t]].item() if inside else 0
                 assert values[b, t].item() == pytest.approx(value, abs=1e-4) and logp[b, t].item() == pytest.approx(own, abs=1e-4)
         for place, changed in ((3, []), (2, [3])):
@@ -266,7 +267,7 @@ def test_whose_weights_the_value_loss_trains():
     assert all(p.grad is None for p in model.parameters()) and all(p.grad.abs().sum() > 0 for p in own.trunk.layers.parameters())
     logp_and_values(model, shared, rollout)[1].sum().backward()
     assert model.lm_head.weight.grad is None and all(p.grad.abs().sum() > 0 for p in model.model.layers.parameters())
-    assert set(shared.state_dict()) == {"head.weight", "head.bias"}
+    assert set(shared.state_dict()) == {"head.weight", "head.bias", "offset"}
 
 
 def test_scoring_in_parts_is_scoring_at_once():
@@ -305,6 +306,13 @@ def test_two_steps(flags, tmp_path, capsys):
     before = load_file(ROOT / "common" / "tiny" / "model.safetensors") if "lora" not in flags else {}
     after = load_file(tmp_path / "run" / "model" / "model.safetensors") if before else {}
     assert all(not torch.equal(before[name].to(x.dtype), x) for name, x in after.items() if "proj" in name)
+
+
+def test_an_optimizer_on_the_cpu_changes_nothing(tmp_path):
+    """Nor does the mean return that the critic begins with get lost in the masters: every metric is the same."""
+    plain, offloaded = (run(*flags, output=tmp_path / name) for name, flags in (("plain", []), ("offloaded", ["--offload-optimizer"])))
+    steady = ("value_loss", "explained_variance", "grad_norm", "critic_grad_norm", "reward")
+    assert [[row[k] for k in steady] for row in plain] == [[row[k] for k in steady] for row in offloaded]
 
 
 @pytest.mark.parametrize("critic", ["copy", "shared"])
@@ -353,7 +361,7 @@ def test_resume_gives_the_very_weights(flags, tmp_path, monkeypatch):
     critics = [torch.load(tmp_path / folder / "checkpoints" / "step-000002" / "critic.pt") for folder in ("whole", "cut")]
     assert critics[0].keys() == critics[1].keys() and all(torch.equal(critics[0][k], critics[1][k]) for k in critics[0])
     assert any("head" in k and x.abs().sum() > 0 for k, x in critics[0].items())
-    assert all("lora_" in k or "head" in k for k in critics[0]) == ("--lora-rank" in flags or "shared" in flags)
+    assert all("lora_" in k or "head" in k or k == "offset" for k in critics[0]) == ("--lora-rank" in flags or "shared" in flags)
     rows = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
     assert [{k: v for k, v in at.items() if not k.startswith(("seconds", "tokens_per", "peak"))} for at in rows] == [
         {k: v for k, v in at.items() if not k.startswith(("seconds", "tokens_per", "peak"))} for at in whole]

@@ -1,13 +1,17 @@
 """The sampler against model.generate, against softmax, and against the trainer's log-probs."""
+import math
+import types
+
 import pytest
 import torch
 from conftest import byte_level_tokenizer, random_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.logprobs import response_logprobs
+from common.models import grouped_sdpa
 from common.sampling import join, keep_top_p, pick, sample
 
-PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [14]]  # of different lengths: the sampler pads them on the left
+PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [14]]  # of different lengths: the sampler pads them on the right
 
 
 @pytest.fixture(scope="module")
@@ -28,13 +32,42 @@ def test_greedy_equals_generate(kind, tokenizer):
 @pytest.mark.parametrize("kind", ["qwen3", "qwen2", "llama"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_sampler_and_trainer_agree(kind, temperature, tokenizer):
-    """Log-probs and entropies of the same tokens, once from the cache, left-padded and shrinking, once from a plain forward."""
+    """Log-probs and entropies of the same tokens, once from the cache, padded and shrinking, once from a plain forward."""
     model = random_model(kind, vocab_size=len(tokenizer))
     model.generation_config.eos_token_id = list(range(60, 70))  # several stop tokens, so that answers end at different times
     rollout = sample(model, tokenizer, PROMPTS, n=8, max_new_tokens=40, temperature=temperature, seed=3)
     logp, entropy = response_logprobs(model, rollout, temperature)
     assert 0 < rollout.finished.float().mean() < 1  # both ends happen
     assert (logp - rollout.logp).abs().max() < 1e-4 and (entropy - rollout.entropy).abs().max() < 1e-4
+
+
+def test_no_query_sees_nothing(tokenizer, monkeypatch):
+    """Where a mask lets a query see no key, a kernel may answer NaN, and NaN spreads through the cache: no such row, in no call."""
+    attention, masks = torch.nn.functional.scaled_dot_product_attention, []
+
+    def careful(query, key, value, attn_mask=None, **kwargs):
+        masks.append(attn_mask)
+        return attention(query, key, value, attn_mask=attn_mask, **kwargs)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", careful)
+    sample(random_model("qwen3", vocab_size=len(tokenizer)), tokenizer, PROMPTS, n=2, max_new_tokens=20, seed=1)
+    assert masks[0] is None and masks[-1] is not None and all(mask.any(-1).all() for mask in masks if mask is not None)
+
+
+def test_grouped_attention():
+    """Four heads, two of keys, D = 1, three slots of which the last is hidden. Scores q k: head 0 (q 0) 0, 0; head 1 (q 1) 0, ln 3; head 2
+    (q 0) 0, 0; head 3 (q 1) ln 2, 0. Values 1, 5 and 2, 8: (1 + 5) / 2, (1 + 3 * 5) / 4, (2 + 8) / 2, (2 * 2 + 8) / 3. And nothing as
+    large as the keys copied for every head is made."""
+    module = types.SimpleNamespace(num_key_value_groups=2, is_causal=True)
+    query = torch.tensor([0.0, 1, 0, 1]).view(1, 4, 1, 1)
+    key = torch.tensor([[0, math.log(3), 9], [math.log(2), 0, 9]]).view(1, 2, 3, 1)
+    value, mask = torch.tensor([[1.0, 5, 100], [2, 8, 100]]).view(1, 2, 3, 1), torch.tensor([True, True, False]).view(1, 1, 1, 3)
+    out, _ = grouped_sdpa(module, query, key, value, mask, scaling=1.0)
+    assert out.shape == (1, 1, 4, 1) and torch.allclose(out.flatten(), torch.tensor([3, 4, 5, 4.0]))
+    whole, _ = grouped_sdpa(module, query.expand(1, 4, 3, 1), key, value, None, scaling=1.0)  # three tokens: transformers' own, causal
+    assert torch.allclose(whole[0, 1], torch.tensor([3, 4, 5, 4.0])[:, None])
+    with Recorder() as made:
+        grouped_sdpa(module, torch.zeros(2, 4, 1, 16), torch.zeros(2, 2, 999, 16), torch.zeros(2, 2, 999, 16), torch.ones(2, 1, 1, 999).bool())
+    assert max(x.numel() for *_, out in made.done for x in (out if isinstance(out, tuple) else [out])) < 2 * 4 * 999 * 16
 
 
 class Recorder(TorchDispatchMode):

@@ -15,6 +15,7 @@ import bupo
 import grpo
 from common import evaluate
 from common.models import initial_model, load_model
+from common.optim import MasterAdamW
 
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = "--steps 2 --prompts-per-step 2 --group-size 4 --max-new-tokens 24 --eval-problems 2 --eval-k 2".split()
@@ -144,6 +145,13 @@ def test_an_optimizer_on_the_cpu_changes_nothing(tmp_path):
     for other in ("offloaded", "resumed"):
         a, b = weights(tmp_path / "plain"), weights(tmp_path / other)
         assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_adapters_have_the_models_dtype():
+    """Else every product with them would be one in float32; their masters are."""
+    model = load_model("tiny", dtype="bfloat16", lora_rank=2)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in MasterAdamW(model, 1e-3).masters} == {torch.float32}
 
 
 def test_lora(tmp_path):

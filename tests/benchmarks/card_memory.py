@@ -41,7 +41,7 @@ def build(name: str, rank: int):
         config = Qwen3Config(vocab_size=151936, hidden_size=hidden, intermediate_size=inner, head_dim=128, num_hidden_layers=blocks,
                              num_attention_heads=heads, num_key_value_heads=8, tie_word_embeddings=tied, eos_token_id=None,
                              bos_token_id=None)
-        model = Qwen3ForCausalLM._from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+        model = Qwen3ForCausalLM._from_config(config, dtype=torch.bfloat16, attn_implementation="grouped_sdpa")
     if rank:
         model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
     enable = getattr(causal_lm(model), "activation_checkpointing_enable", None) or causal_lm(model).gradient_checkpointing_enable

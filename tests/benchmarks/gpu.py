@@ -34,7 +34,7 @@ def build(hidden: int, inner: int, blocks: int, heads: int, vocab: int, dtype, d
     config = Qwen3Config(vocab_size=vocab, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=blocks, head_dim=128,
                          num_attention_heads=heads, num_key_value_heads=max(1, heads // 4), tie_word_embeddings=True,
                          max_position_embeddings=8192, eos_token_id=None, bos_token_id=None, pad_token_id=0)
-    model = Qwen3ForCausalLM._from_config(config, dtype=dtype, attn_implementation="sdpa").to(device).eval()
+    model = Qwen3ForCausalLM._from_config(config, dtype=dtype, attn_implementation="grouped_sdpa").to(device).eval()
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
     return model
 
