@@ -1,22 +1,29 @@
 """On a GPU, at Qwen3-4B's shapes with random weights: is it right, how fast, how near to what the card can do, how much memory?
 
-    python tests/benchmarks/gpu.py                    # eight minutes on an 80 GB card; prints Markdown
+    python tests/benchmarks/gpu.py                    # about nine minutes on an 80 GB card; prints Markdown
     python tests/benchmarks/gpu.py --toy              # the same code on anything, in seconds: numbers without meaning
 
 Correct: log-probs and entropies of a small model on the card, float32 and bfloat16, against float32 on the CPU, and the sampler's against
-the trainer's, in the plain loop and with recorded steps. Decoding: tokens/s of common/sampling.py, both ways, of model.generate and of transformers' continuous batching, against the
-floor (weights and cache read once a step, at the measured copy rate). Training: tokens/s and the share of the measured bfloat16
-matmul rate, 6 FLOPs a weight and token and 8 with blocks computed twice. Memory: the plan against the measured peak.
+the trainer's, in the plain loop and with recorded steps. Decoding: tokens/s of common/sampling.py, both ways, of model.generate, which
+is what TRL's trainer calls, and of transformers' continuous batching, against the floor (weights and cache read once a step, at
+the measured copy rate). Training: tokens/s and the share of the measured bfloat16 matmul rate, 6 FLOPs a weight and token and 8
+with blocks computed twice; answers of one length and of many, with and without cuDNN's attention, which plans anew for every
+shape. Memory: the plan against the measured peak.
 """
 import argparse
+import gc
+import math
+import os
 import platform
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
-import torch
-import transformers
-from transformers import Qwen3Config, Qwen3ForCausalLM
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from transformers import Qwen3Config, Qwen3ForCausalLM  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from common.logprobs import micro_batches, response_logprobs  # noqa: E402
@@ -73,6 +80,7 @@ def correct(tokenizer) -> None:
     logp, entropy = response_logprobs(reference, rollout)
     for dtype in (torch.float32, torch.bfloat16):
         model = build(256, 512, 4, 4, 2048, torch.float32, "cpu").to(DEVICE, dtype)
+        model.model.rotary_emb.inv_freq = reference.model.rotary_emb.inv_freq.to(DEVICE)  # float32, as from_pretrained leaves it
         here = type(rollout)(**{k: v.to(DEVICE) if torch.is_tensor(v) else v for k, v in vars(rollout).items()})
         with torch.no_grad():
             found = [x.cpu() for x in response_logprobs(model, here)]
@@ -99,16 +107,24 @@ def decoding(model, tokenizer, rows: int, new: int) -> None:
     for graphs in WAYS:
         row(f"common/sampling.py{', --cuda-graphs' * graphs}", rows * new / seconds(
             lambda g=graphs: sample(model, tokenizer, [PROMPT], rows, new, max_rows=rows, graphs=g), 1))
+    model.set_attn_implementation("sdpa")
     ids = torch.tensor([PROMPT] * rows, device=DEVICE)
     with torch.inference_mode():
         row("model.generate", rows * new / seconds(lambda: model.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, top_p=1.0, max_new_tokens=new), 1))
+    settings, found = transformers.GenerationConfig(max_new_tokens=new, do_sample=True, eos_token_id=-1, pad_token_id=0), []
     try:
-        settings = transformers.GenerationConfig(max_new_tokens=new, do_sample=True, eos_token_id=-1, pad_token_id=0)
-        row("generate_batch (continuous batching)", rows * new / seconds(lambda: model.generate_batch(
-            [PROMPT] * rows, generation_config=settings, progress_bar=False), 1))
+        elapsed = seconds(lambda: found.append(model.generate_batch([PROMPT] * rows, generation_config=settings)), 1)
+        made = sum(len(answer.generated_tokens) for answer in found[-1].values())  # it does not raise: what failed has none
+        if made < rows * new:
+            raise RuntimeError(f"{made} of {rows * new} tokens; {[answer.error for answer in found[-1].values()][:1]}")
+        row("generate_batch (continuous batching)", made / elapsed)
     except Exception as error:  # (an interface that changes from release to release; its absence is a result)
         print(f"| generate_batch | not run: {type(error).__name__}: {str(error)[:80]} | |")
+    finally:  # it may leave its own attention behind, and its cache
+        model.set_attn_implementation("grouped_sdpa")
+        gc.collect()
+        peak(reset=True)
 
 
 def training(model, tokenizer, rows: int, new: int, budget: int) -> None:
@@ -124,20 +140,32 @@ def training(model, tokenizer, rows: int, new: int, budget: int) -> None:
     model.train()
     optimizer = MasterAdamW(model, 1e-6)
 
-    def step():
+    def step(rollout):
         for m in micro_batches(torch.arange(rows, device=DEVICE), rollout, budget):
             logp, _ = response_logprobs(model, rollout[m])
             optimizer.backward(logp.sum() / 1e6)
         optimizer.step()
-    peak(reset=True)
-    tokens, elapsed = rows * (len(PROMPT) + new), seconds(step, 1)
-    rate = tokens / elapsed
     plan = memory_plan(model, rows, len(PROMPT) + new, budget)
-    print(f"\n## Training\n\n{rows} answers of {new} tokens, {budget} tokens at once; matmul {matmul / 1e12:.0f} TFLOP/s\n\n"
-          "| tokens/s | share of the matmul rate, 6 FLOPs | 8 FLOPs | peak while sampling, GiB | while training | planned |\n"
-          "| --- | --- | --- | --- | --- | --- |\n"
-          f"| {rate:.0f} | {6 * numel * rate / matmul:.2f} | {8 * numel * rate / matmul:.2f} | {sampling_peak:.1f} | {peak():.1f} | "
-          f"{plan['peak']:.1f} |")
+    print(f"\n## Training\n\n{rows} answers of at most {new} tokens, {budget} tokens at once; matmul {matmul / 1e12:.0f} TFLOP/s; peak while "
+          f"sampling {sampling_peak:.1f} GiB; planned {plan['peak']:.1f} GiB\n\n"
+          "| answers | tokens/s | share of the matmul rate, 6 FLOPs | 8 FLOPs | peak, GiB | reserved |\n| --- | --- | --- | --- | --- | --- |")
+    lengths = torch.linspace(new / 4, new, rows, device=DEVICE).long()
+    inside = (torch.arange(new, device=DEVICE) < lengths[:, None]).float()
+    several = replace(rollout, lengths=lengths, mask=inside, tokens=rollout.tokens * inside.long())
+    for name, answers, cudnn in (("of one length", rollout, True), ("of many lengths", several, True),
+                                 ("of one length, without cuDNN", rollout, False), ("of many, without cuDNN", several, False)):
+        peak(reset=True)
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
+        try:
+            rate = (rows * len(PROMPT) + int(answers.lengths.sum())) / seconds(lambda a=answers: step(a), 1)
+        except torch.OutOfMemoryError as error:
+            optimizer.zero_grad()
+            print(f"| {name} | out of memory: {str(error)[:120]} | | | {peak():.1f} | |", flush=True)
+            continue
+        reserved = torch.cuda.max_memory_reserved() / 2**30 if DEVICE.type == "cuda" else math.nan
+        print(f"| {name} | {rate:.0f} | {6 * numel * rate / matmul:.2f} | {8 * numel * rate / matmul:.2f} | {peak():.1f} | {reserved:.1f} |",
+              flush=True)
+    torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 def main():
