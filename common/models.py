@@ -29,8 +29,8 @@ def grouped_sdpa(module, query, key, value, attention_mask, **kwargs):
     if T > 1 or attention_mask is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     grouped = query.reshape(B, key.shape[1], -1, D)                                     # (B, H_kv, H / H_kv, D)
-    out, _ = sdpa_attention_forward(None, grouped, key, value, attention_mask, **kwargs)  # (B, H / H_kv, H_kv, D)
-    return out.transpose(1, 2).reshape(B, 1, H, -1), None
+    out = torch.nn.functional.scaled_dot_product_attention(grouped, key, value, attention_mask, scale=kwargs.get("scaling"))
+    return out.reshape(B, 1, H, -1), None
 
 
 AttentionInterface.register("grouped_sdpa", grouped_sdpa)

@@ -141,7 +141,7 @@ def decode(model, prompts: list[list[int]], rows: torch.Tensor, max_new_tokens: 
         ended.logical_or_((token[:, None] == stop).any(1))
 
     def step():  # reads the tokens drawn last and draws the next, all in place: what has no new shape can be replayed
-        visible = (place < length[:, None]) | (place >= width) & (place <= slot)                            # (A, S+T)
+        visible = filled & (place <= slot)                                                                  # (A, S+T)
         states = lm.model(input_ids=token[:, None], attention_mask=visible[:, None, None],
                           position_ids=(slot - width + length)[:, None], past_key_values=cache, use_cache=True).last_hidden_state
         slot.add_(1)
@@ -162,6 +162,7 @@ def decode(model, prompts: list[list[int]], rows: torch.Tensor, max_new_tokens: 
                     layer.resize(rows[left] if layer.slot is None else left, room)
                     layer.slot = slot
                 alive, token, length, ended, noise = (x[left] for x in (alive, token, length, ended, noise))
+                filled = (place < length[:, None]) | (place >= width)  # no prompt's padding                 # (A, S+T)
                 advance = step
         advance()
         if graphs and advance is step:

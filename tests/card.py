@@ -6,6 +6,7 @@
 
 - An operation on tensors of both devices fails, as on a GPU, unless the CPU's have no dimension.
 - What brings data or sizes to the CPU is counted in `waits`: there a GPU's queue runs empty.
+- More than its `size` in bytes is out of memory.
 - `held` and `peak` count the bytes of all tensors that are alive, in blocks of 512: what torch.cuda.max_memory_allocated() says, but for
   what a kernel takes for itself (of the order of 10 MiB).
 - Card(float64=False) has none, like Apple's.
@@ -126,6 +127,8 @@ class Card(TorchDispatchMode):
     def hold(self, storage) -> None:
         key, taken = storage._cdata, -(-storage.nbytes() // 512) * 512
         if key not in self.alive:
+            if self.held + taken > self.size:
+                raise torch.OutOfMemoryError(f"the card has {self.size} bytes, {self.held} are held, {taken} are asked for")
             self.alive.add(key)
             self.held += taken
             self.peak = max(self.peak, self.held)

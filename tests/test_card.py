@@ -46,6 +46,15 @@ def test_bfloat16_masters_and_resume(folder):
     assert all(json.loads(row)["grad_norm"] > 0 for row in (folder / "masters/metrics.jsonl").read_text().splitlines())
 
 
+def test_a_small_card_halves_the_micro_batch(folder):
+    """A card between the peaks of 300 and of 150 tokens at once: memory runs out in the first step, what was held is let go, or the
+    second attempt would run out as well, and the run is that of 150 tokens."""
+    assert json.loads((folder / "small/config.json").read_text())["flags"]["micro_batch_tokens"] == 150
+    wanted, found = weights(folder / "half"), weights(folder / "small")
+    assert all(torch.equal(w, found[key]) for key, w in wanted.items())
+    assert any(json.loads(row)["grad_norm"] > 0 for row in (folder / "half/metrics.jsonl").read_text().splitlines())
+
+
 @pytest.fixture(scope="module")
 def facts(folder):
     return json.loads((folder / "facts.json").read_text())
@@ -94,6 +103,13 @@ if __name__ == "__main__":
         for job, flag in (("masters", ""), ("resumed", "--steps 1"), ("offloaded", "--offload-optimizer")):
             assert command("grpo", f"{adapters} {flag}", place, job) == 0
         assert command("grpo", f"--resume {place / 'resumed'} --steps 2", place, "resumed") == 0
+    signal, peaks = f"{LOOP} --advantage reinforce++ --device card {FLOAT32}", []
+    for job, flag in (("full", ""), ("half", "--micro-batch-tokens 150")):
+        with Card() as card:
+            assert command("grpo", f"{signal} {flag}", place, job) == 0
+            peaks.append(card.peak)
+    with Card(sum(peaks) // 2):
+        assert command("grpo", signal, place, "small") == 0
     with Card(float64=False):
         assert command("bupo", f"{JOBS['bupo'][1]} {FLOAT32} --device card", place, "narrow") == 0
         assert command("entropy_min", f"--analyze --model tiny {place / 'narrow'} --problems 3 --dtype float32 --device card", place, "looked") == 0

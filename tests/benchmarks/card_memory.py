@@ -43,7 +43,7 @@ def build(name: str, rank: int):
                              bos_token_id=None)
         model = Qwen3ForCausalLM._from_config(config, dtype=torch.bfloat16, attn_implementation="grouped_sdpa")
     if rank:
-        model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
+        model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"), autocast_adapter_dtype=False)
     enable = getattr(causal_lm(model), "activation_checkpointing_enable", None) or causal_lm(model).gradient_checkpointing_enable
     enable({"use_reentrant": False})
     return model.train()
