@@ -8,7 +8,7 @@ import statistics
 import experiment as ex
 import matplotlib.pyplot as plt
 import torch
-from experiment import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION
+from experiment import BLUE, GREEN, ORANGE, PURPLE, VERMILION
 
 from common.data import encode_prompts, load_problems
 from common.internal_policy import boundaries, entropy_changes, hidden_states, rollout_view
@@ -74,8 +74,8 @@ def frozen_below(run, _optimizer):
 
 ARMS = {  # name -> script, flags, colour, line, what is watched
     "GRPO": ("grpo.py", EVAL, BLUE, "-", dict(probe=probe)),
-    "RLOO": ("grpo.py", f"{EVAL} --advantage rloo", SKY, "-"),
-    "REINFORCE++": ("grpo.py", f"{EVAL} --advantage reinforce++", GREY, "-"),
+    "RLOO": ("grpo.py", f"{EVAL} --advantage rloo", BLUE, "--"),
+    "REINFORCE++": ("grpo.py", f"{EVAL} --advantage reinforce++", BLUE, ":"),
     "BuPO": ("bupo.py", EVAL, VERMILION, "-", dict(probe=probe)),                                       # 3 of 32 steps: 9 %
     "BuPO 5 steps": ("bupo.py", f"{EVAL} --internal-steps 5", VERMILION, "--"),                         # 16 %
     "BuPO 7 steps": ("bupo.py", f"{EVAL} --internal-steps 7", VERMILION, ":", dict(probe=probe)),       # 22 %
@@ -99,11 +99,13 @@ def depth_table() -> str:
               f"{view['l2_norm']['layer_out'][l]:.1f}", f"{view['final_norm']['layer_out'][l]:.3f}", f"{normed['ffn'][l]:+.3f}"]
              for l in range(model.config.num_hidden_layers)]
     found = {kind: ", ".join(f"{t} gives {l}" for t, l in boundaries(view[kind]).items()) for kind in ("entropy", "final_norm")}
+    last = 1 + max(entropy_changes(view["entropy"])["ffn"].gt(0).nonzero()).item()
     heads = ["block", "entropy of its policy, nats", "FFN change", "attention change", "size of H",
              "with the final norm: entropy", "FFN change"]
     return ex.table(heads, lines) + (
         f"\nln V is {math.log(V):.3f}; the stream that enters block 1 has {view['entropy']['layer_in'][0]:.3f} nats. The "
-        f"boundary by tolerance: as in the paper {found['entropy']}; with the final norm {found['final_norm']}.\n")
+        f"boundary (end of the first run of rises) by tolerance: without the final norm, as in the paper, {found['entropy']}; "
+        f"with it {found['final_norm']}. The last block whose FFN raises entropy, the paper's words, is {last}.\n")
 
 
 def main():

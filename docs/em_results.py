@@ -7,7 +7,7 @@ from collections import Counter
 
 import experiment as ex
 import matplotlib.pyplot as plt
-from experiment import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILION
+from experiment import BLUE, GREEN, GREY, ORANGE
 
 from common.evaluate import evaluate
 from common.models import load_model, load_tokenizer
@@ -156,18 +156,18 @@ def main():
                                     "form": form, "logits": logits})
 
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.4), constrained_layout=True)
-    ex.band(axes[0], [[p["accuracy"] for p in r["probe"]] for r in long], "accuracy, held-out", BLUE, x=steps)
+    ex.band(axes[0], [[p["accuracy"] for p in r["probe"]] for r in long], "accuracy, held-out", ORANGE, x=steps)
     ex.band(axes[0], [[p["agreement"] for p in r["probe"]] for r in long], "agreement with the majority", GREEN, "--", x=steps)
     entropies = [[row["entropy"] / r["rows"][0]["entropy"] for row in r["rows"]] for r in long]
     ex.band(axes[0], entropies, "entropy / its start", GREY, ":")
     ex.tidy(axes[0], "one problem, 40 updates, eight seeds", "updates", legend=True)
-    for name, color, style in zip(four, (GREY, BLUE, VERMILION, PURPLE), ("-", "--", "-.", ":")):
+    for name, color, style in zip(four, (GREY, ORANGE, BLUE, BLUE), ("-", "-", "-", ":")):
         curves = [[r["after"]["temperatures"][str(T)]["accuracy"] for T in TEMPERATURES] for r in results[name]]
         ex.band(axes[1], curves, name, color, style, x=TEMPERATURES)
     ex.tidy(axes[1], "accuracy by sampling temperature", "temperature", legend=True)
     order = [name for name in names if name in FIRST and name not in ("GRPO", "EM 40 updates")]
     for y, name in enumerate(reversed(order)):
-        axes[2].plot(after_(name), [y] * args.seeds, "o", color=ORANGE if name == "EM" else BLUE, alpha=0.5)
+        axes[2].plot(after_(name), [y] * args.seeds, "o", color=ORANGE if name == "EM" else GREY, alpha=0.5)
         axes[2].plot(statistics.fmean(after_(name)), y, "|", color="black", markersize=16)
     axes[2].axvline(before, color=GREY, linestyle=":")
     axes[2].set_yticks(range(len(order)), list(reversed(order)))

@@ -88,8 +88,9 @@ def one(job):
         (folder / "commit.txt").write_text(commit)
     read = lambda name, default: (folder / name).read_text() if (folder / name).exists() else default
     rows, probes = ([json.loads(line) for line in read(name, "").splitlines()] for name in ("metrics.jsonl", "probe.jsonl"))
+    config = json.loads(read("config.json", ""))
     return {"summary": json.loads(read("summary.json", "{}")), "after": json.loads(read("after.json", "{}")), "rows": rows,
-            "probe": probes, "versions": json.loads(read("config.json", ""))["versions"], "commit": read("commit.txt", "")}
+            "probe": probes, "seed": config["flags"]["seed"], "versions": config["versions"], "commit": read("commit.txt", "")}
 
 
 def runs(experiment: str, arms: dict, seeds: int, workers: int = 2, first: int = 0, **watch) -> dict[str, list[dict]]:
@@ -157,13 +158,17 @@ def table(heads, rows) -> str:
 
 
 def write(name: str, results: dict, tables: dict[str, str]) -> None:
-    """docs/results/<name>.json with every seed's summary, versions and commit; tables go into <name>.md, and are printed.
+    """docs/results/<name>.json with every run's seed, commit, versions, summary and metrics by step, but for seconds and such;
+    tables go into <name>.md, and are printed.
 
     In the Markdown file a table stands between <!-- table: key --> and <!-- end -->; the words around it are ours.
     """
     out = ROOT / "docs" / "results"
-    kept = {arm: [{"commit": r["commit"], "versions": r["versions"], **r["summary"], "probe": r["probe"],
-                   "at_the_end": r["after"]} for r in of]
+    of_the_machine = ("step", "tokens", "peak_gb", "gap_", "seconds_")
+    by_step = lambda rows: {key: [row.get(key) for row in rows] for key in {key: 0 for row in rows for key in row}
+                            if not key.startswith(of_the_machine)}
+    kept = {arm: [{"seed": r["seed"], "commit": r["commit"], "versions": r["versions"], **r["summary"],
+                   "by_step": by_step(r["rows"]), "probe": r["probe"], "at_the_end": r["after"]} for r in of]
             for arm, of in results.items()}
     (out / f"{name}.json").write_text(json.dumps(kept, separators=(",", ":")) + "\n")
     page = out / f"{name}.md"

@@ -50,11 +50,11 @@ ARMS = {  # name -> script, flags, colour, line
     "none": ("kl3_grpo.py", f"{FOUR} --measure none", GREY, "-"),
     "ratio 0.02": ("kl3_grpo.py", f"{FOUR} --measure ratio --delta 0.02", BLUE, "-"),         # 1 +- 0.2
     "clip-higher": ("kl3_grpo.py", f"{FOUR} --clip-low 0.2 --clip-high 0.28", SKY, "-"),
-    "kl2 0.02": ("kl3_grpo.py", f"{FOUR} --measure kl2 --delta 0.02", GREEN, "-"),
-    "kl3 0.02": ("kl3_grpo.py", f"{FOUR} --measure kl3 --delta 0.02", VERMILION, "-"),
+    "kl2 0.02": ("kl3_grpo.py", f"{FOUR} --measure kl2 --delta 0.02", VERMILION, "-"),
+    "kl3 0.02": ("kl3_grpo.py", f"{FOUR} --measure kl3 --delta 0.02", GREEN, "-"),
     "kl 0.02": ("kl3_grpo.py", f"{FOUR} --measure kl --delta 0.02", PURPLE, "-"),
 } | {f"{measure} {delta}": ("kl3_grpo.py", f"{FOUR} --measure {measure} --delta {delta}", color, style)
-     for delta, style in ((0.05, "--"), (0.1, "-."), (0.2, ":")) for measure, color in (("ratio", BLUE), ("kl3", VERMILION))}
+     for delta, style in ((0.05, "--"), (0.1, "-."), (0.2, ":")) for measure, color in (("ratio", BLUE), ("kl3", GREEN))}
 ONCE = {f"{measure}, one update": ("kl3_grpo.py", f"{SIZE} --steps 6 --eval-problems 0 --measure {measure}")
         for measure in ("none", "ratio", "kl2", "kl3")}
 
@@ -108,20 +108,23 @@ def main():
     out = ex.ROOT / "docs" / "results"
     figure, axes = plt.subplots(1, 2, figsize=(13, 4.4), constrained_layout=True)
     w = np.linspace(0.3, 2.2, 400)
-    for name, color, f in (("KL3: w - 1 - log w", VERMILION, w - 1 - np.log(w)), ("KL2: (log w)² / 2", GREEN, np.log(w) ** 2 / 2),
+    for name, color, f in (("KL3: w - 1 - log w", GREEN, w - 1 - np.log(w)), ("KL2: (log w)² / 2", VERMILION, np.log(w) ** 2 / 2),
                            ("ratio: (w - 1)² / 2", BLUE, (w - 1) ** 2 / 2), ("|KL1|: |log w|", GREY, np.abs(np.log(w)))):
         axes[0].plot(w, f, color=color, linewidth=2.2, label=name)
     for delta in DELTAS:
         axes[0].axhline(delta, color="black", linewidth=0.8, linestyle=":")
     axes[0].set_ylim(0, 0.4)
     ex.tidy(axes[0], "what is held below delta (dotted: four deltas)", "ratio w = new / old probability", legend=True)
-    looks = {"kl3": VERMILION, "kl2": GREEN, "ratio": BLUE, "abs_kl1": GREY, "kl1": GREY}
+    looks = {"kl3": GREEN, "kl2": VERMILION, "ratio": BLUE, "abs_kl1": GREY, "kl1": GREY}
     for y, (measure, color) in enumerate(reversed(looks.items())):
         for delta, height in ((0.2, 0.16), (0.02, 0.34)):
             low, high = clip_range(delta, measure)
             axes[1].barh(y, min(high, 2.2) - low, left=low, height=height, color=color, alpha=0.45 if delta == 0.2 else 1)
+            if high > 2.2:
+                axes[1].text(2.22, y, "open", va="center")
     axes[1].barh(-1, 0.48, left=0.8, height=0.34, color=SKY)
     axes[1].axvline(1, color="black", linewidth=0.8)
+    axes[1].set_xlim(0.3, 2.45)
     axes[1].set_yticks(range(-1, 5), ["clip-higher", *reversed(looks)])
     ex.tidy(axes[1], "the windows: delta 0.02 (thick) and 0.2 (thin)", "ratio w")
     figure.savefig(out / "kl3_windows.png", dpi=110)
@@ -136,10 +139,10 @@ def main():
 
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), constrained_layout=True)
     for axis, of, title in zip(axes, (after, equal, lambda n: last(n, "entropy")),
-                               ("accuracy", "entropy at equal reward", "entropy at the last steps")):
+                               ("accuracy", "entropy at equal reward, nats", "entropy at the last steps, nats")):
         for x, delta in enumerate(DELTAS):
             differences = [a - b for a, b in zip(of(f"kl3 {delta}"), of(f"ratio {delta}"))]
-            axis.plot([x] * len(differences), differences, "o", color=VERMILION, alpha=0.45)
+            axis.plot([x] * len(differences), differences, "o", color=GREEN, alpha=0.45)
             error = statistics.stdev(differences) / len(differences) ** 0.5
             axis.errorbar(x + 0.15, statistics.fmean(differences), error, fmt="s", color="black", capsize=4)
         axis.axhline(0, color="black", linewidth=0.8)
