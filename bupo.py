@@ -38,7 +38,7 @@ import torch
 from tqdm import tqdm
 
 from common.data import batch_of
-from common.distributed import share, size, total
+from common.distributed import everyone, share, size, total
 from common.errors import BadInput
 from common.flags import Shared, exit_on_bad_input, flag, parse_flags
 from common.internal_policy import boundaries, entropy_changes, rollout_entropies
@@ -181,7 +181,7 @@ def main(argv=None):
     reference = initial_model(cfg, model) if cfg.kl_coef else None
 
     if cfg.internal_steps and "layer" not in run.summary:  # a resumed run keeps its layer
-        run.summary["layer"] = choose_layer(run)
+        run.summary["layer"] = everyone(choose_layer(run))[0]
     if cfg.internal_steps:
         print(f"phase 1: steps 1 to {min(cfg.internal_steps, cfg.steps)} train the policy of block {run.summary['layer']}; "
               "phase 2: the whole model")

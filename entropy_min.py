@@ -39,7 +39,7 @@ import torch
 from tqdm import tqdm
 
 from common.data import batch_of, encode_prompts, load_problems
-from common.distributed import size, total
+from common.distributed import rank, size, total
 from common.errors import BadInput
 from common.evaluate import evaluate
 from common.flags import Reading, Shared, exit_on_bad_input, flag, parse_flags, several_models
@@ -159,7 +159,7 @@ def analyze(argv: list[str]) -> None:
     folder = pathlib.Path(cfg.output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BadInput(f"--output {folder}: holds something already; choose another folder")
-    models = {name: load_model(name, cfg.device, cfg.dtype, cuda_graphs=cfg.cuda_graphs) for name in names}
+    models = {name: load_model(name, cfg.device, cfg.dtype, cuda_graphs=cfg.cuda_graphs, frozen=True) for name in names}
     sizes = {name: causal_lm(model).config.vocab_size for name, model in models.items()}
     if len(set(sizes.values())) > 1:
         raise BadInput(f"--model: the same answers need the same vocabulary, these have {sizes}")
@@ -167,12 +167,14 @@ def analyze(argv: list[str]) -> None:
     problems = load_problems(cfg.data, cfg.split, cfg.prompt_column, cfg.answer_column, True, cfg.seed, cfg.problems)
     longest = causal_lm(first).config.max_position_embeddings - cfg.max_new_tokens
     prompts = [row["prompt"] for row in encode_prompts(tokenizer, problems, cfg.system, cfg.thinking, longest)]
-    rollout = sample(first, tokenizer, prompts, 1, cfg.max_new_tokens, cfg.temperature, seed=cfg.seed)
+    rollout = sample(first, tokenizer, prompts, 1, cfg.max_new_tokens, cfg.temperature, seed=cfg.seed, alone=True)
     found = {name: logit_statistics(m, rollout, cfg.micro_batch_tokens, cfg.temperature, cfg.top_k) for name, m in models.items()}
     print(f"{len(prompts)} answers of {names[0]}, {int(rollout.lengths.sum())} tokens, {sizes[names[0]]} logits at each\n"
           f"all logits{f'the {cfg.top_k} largest / {cfg.temperature}':>38}\n" + "   mean    std  skewness " * 2 + "  model")
     for name, of in found.items():
         print("".join(f"{x['mean']:7.2f}{x['std']:7.2f}{x['skewness']:10.3f} " for x in (of["raw"], of["top_k"])) + f"  {name}")
+    if rank() > 0:
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "logits.json").write_text(json.dumps({"flags": {**vars(cfg), "model": names}, "models": found}, indent=1))

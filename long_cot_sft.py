@@ -195,7 +195,7 @@ def make_teacher(cfg):
         return lambda _, rows: [[construct_chain(scripted_actor(row["problem"], rng), row["problem"], cfg.max_turns, ", ")
                                  for rng in rngs(row)] for row in rows]
     tokenizer = load_tokenizer(cfg.teacher)
-    model = load_model(cfg.teacher, cfg.device, cfg.dtype, cuda_graphs=cfg.cuda_graphs)
+    model = load_model(cfg.teacher, cfg.device, cfg.dtype, cuda_graphs=cfg.cuda_graphs, frozen=True)
     longest = causal_lm(model).config.max_position_embeddings - cfg.teacher_max_new_tokens
     if longest < 1:
         raise BadInput(f"--teacher-max-new-tokens {cfg.teacher_max_new_tokens}: leaves no room for a prompt in its context")

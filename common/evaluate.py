@@ -104,7 +104,8 @@ def main(argv=None):
     output = pathlib.Path(cfg.output or pathlib.Path(folder) / "answers.jsonl")
     if output.exists():
         raise BadInput(f"--output {output}: exists already")
-    tokenizer, model = load_tokenizer(cfg.model), load_model(cfg.model, cfg.device, cfg.dtype, cuda_graphs=cfg.cuda_graphs)
+    tokenizer = load_tokenizer(cfg.model)
+    model = load_model(cfg.model, cfg.device, cfg.dtype, cuda_graphs=cfg.cuda_graphs, frozen=True)
     rows = load_problems(cfg.data, cfg.split, cfg.prompt_column, cfg.answer_column, True, cfg.seed, cfg.problems)
     longest = causal_lm(model).config.max_position_embeddings - cfg.max_new_tokens
     rows = encode_prompts(tokenizer, rows, cfg.system, cfg.thinking, longest)

@@ -151,6 +151,9 @@ def exit_on_bad_input(main):
                 if not retry:
                     raise SystemExit(2) from None
                 args, kwargs = (retry,), {}
+            except torch.OutOfMemoryError as error:
+                print(f"error: out of memory: {str(error).splitlines()[0][:300]}", file=sys.stderr)
+                raise SystemExit(2) from None
             except KeyboardInterrupt:
                 print("\ninterrupted; --resume goes on from the last checkpoint, if there is one", file=sys.stderr)
                 raise SystemExit(130) from None

@@ -29,7 +29,7 @@ from torch import nn
 from tqdm import tqdm
 
 from common.data import encode_prompts, load_problems
-from common.distributed import gather_rest, gathered
+from common.distributed import gather_rest, gathered, rank
 from common.errors import BadInput
 from common.flags import Reading, exit_on_bad_input, flag, parse_flags, several_models
 from common.models import causal_lm, load_model, load_tokenizer
@@ -255,7 +255,7 @@ def main(argv=None):
     problems = load_problems(cfg.data, cfg.split, cfg.prompt_column, cfg.answer_column, True, cfg.seed, cfg.samples)
     ready = {}
     for name in names:  # everything is checked before anything is written
-        tokenizer, model = load_tokenizer(name), load_model(name, cfg.device, cfg.dtype, cuda_graphs=cfg.cuda_graphs)
+        tokenizer, model = load_tokenizer(name), load_model(name, cfg.device, cfg.dtype, cuda_graphs=cfg.cuda_graphs, frozen=True)
         config, probe = causal_lm(model).config, torch.arange(2, device=next(model.parameters()).device)[None]  # (1, 2)
         internal_view(model, probe, None, probe >= 0, controls=False)  # two tokens, since the embedding of a padding token is 0
         if cfg.sample_layer and cfg.sample_layer > config.num_hidden_layers:
@@ -271,9 +271,9 @@ def main(argv=None):
         print(f"\n{name}: first prompt {tokenizer.decode(prompts[0])!r}")
         if cfg.sample_layer:
             part, longest = layer_policy(model, cfg.sample_layer), min(cfg.max_new_tokens, 64)
-            said = sample(part, tokenizer, prompts[:3], 2, longest, seed=cfg.seed)
+            said = sample(part, tokenizer, prompts[:3], 2, longest, seed=cfg.seed, alone=True)
             print(f"block {cfg.sample_layer} says, to the first {len(prompts[:3])} prompts:", *map(repr, said.texts), sep="\n   ")
-        rollout = sample(model, tokenizer, prompts, 1, cfg.max_new_tokens, seed=cfg.seed)
+        rollout = sample(model, tokenizer, prompts, 1, cfg.max_new_tokens, seed=cfg.seed, alone=True)
         (V, D), total = causal_lm(model).lm_head.weight.shape, int(rollout.lengths.sum())
         pooled = min(cfg.tokens or total, total)
         price = (10 * model.config.num_hidden_layers + 2) * 2 * D * V * pooled / 1e12
@@ -283,6 +283,8 @@ def main(argv=None):
         views[name] = {"answers": len(prompts), "tokens": pooled, "vocabulary": V}
         views[name] |= {quantity: {stream: x.tolist() for stream, x in streams.items()} for quantity, streams in view.items()}
         views[name]["boundary"] = {kind: boundaries(view[kind]) for kind in ("entropy", "final_norm")}
+    if rank() > 0:
+        return
     (folder / "entropies.json").write_text(json.dumps({"flags": {**vars(cfg), "model": names}, "models": views}, indent=1))
     plot_internal(views, folder)
     print(f"\nwritten: {folder}/entropies.json, flow.png, changes.png, cosines.png")

@@ -17,6 +17,7 @@ from common.errors import BadInput
 logging.disable_progress_bar()  # loading and saving take moments; the bars would break up a run's own
 
 TINY = pathlib.Path(__file__).parent / "tiny"
+SHARE = 0.75  # of the free memory, for answers that are being sampled
 LOGIT_BYTES = 20  # of a logit while sampling: log-softmax, probabilities and entropy in float32, the running sum in float64
 
 
@@ -27,7 +28,11 @@ def grouped_sdpa(module, query, key, value, attention_mask, **kwargs):
     """
     B, H, T, D = query.shape
     if T > 1 or attention_mask is None:
+        if query.dtype == torch.float32 and query.device.type != "cpu":  # with fewer heads of keys it would build all scores
+            module, key, value = None, *(x.repeat_interleave(H // x.shape[1], 1) for x in (key, value))
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if kwargs.get("sliding_window"):  # the mask is the sampler's and knows of no window: the last so many that are visible
+        attention_mask = attention_mask & (attention_mask.flip(-1).cumsum(-1).flip(-1) <= kwargs["sliding_window"])
     grouped = query.reshape(B, key.shape[1], -1, D)                                     # (B, H_kv, H / H_kv, D)
     out = torch.nn.functional.scaled_dot_product_attention(grouped, key, value, attention_mask, scale=kwargs.get("scaling"))
     return out.reshape(B, 1, H, -1), None
@@ -75,6 +80,7 @@ def pick_device(device: str) -> torch.device:
         raise BadInput(f"--device {device}: {str(error).splitlines()[0]}") from error
     if place.type == "cuda":
         torch.cuda.set_device(place)  # recordings and counters are the current one's
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans for half a second for every new shape, and nearly all are new
     return place
 
 
@@ -101,14 +107,26 @@ def load_tokenizer(name: str):
     return _from_pretrained(AutoTokenizer, name)
 
 
+def refuse_foreign(config) -> None:
+    """BadInput for a model that would not be sampled as it is trained: layers without keys, capped scores, angles by length."""
+    ropes = getattr(config, "rope_parameters", None) or {}
+    found = [kind for kind in getattr(config, "layer_types", None) or () if kind not in ("full_attention", "sliding_attention")]
+    found += ["attn_logit_softcapping"] if getattr(config, "attn_logit_softcapping", None) else []
+    found += [rope["rope_type"] for rope in (ropes, *ropes.values()) if isinstance(rope, dict)
+              and rope.get("rope_type") in ("longrope", "dynamic")]
+    if found:
+        raise BadInput(f"{config.model_type} is not supported: {found[0]} (Qwen2, Qwen3, Llama, Mistral and their kin are)")
+
+
 def load_model(name: str, device: str = "auto", dtype: str = "auto", lora_rank: int = 0, adapter: str | None = None,
-               split: bool = True, cuda_graphs: bool = False):
+               split: bool = True, cuda_graphs: bool = False, frozen: bool = False):
     """-> model in eval mode, on its device.
 
     dtype `auto` is float32 on the CPU and bfloat16 elsewhere; the optimiser keeps float32 masters of bfloat16 weights.
     lora_rank > 0 wraps all linear maps of the blocks with peft and leaves only the adapters trainable; `adapter` is the folder
     of a saved one to go on from. On several ranks the weights are split over them, unless the caller does that. cuda_graphs:
-    sample() replays recorded steps of it. Raises BadInput for a model or a device that is not there.
+    sample() replays recorded steps of it. frozen: no weight is trained. Raises BadInput for a model or a device that is not
+    there, or for a model of another kind.
     """
     place = pick_device(device)
     if cuda_graphs and (place.type != "cuda" or size() > 1):  # FSDP's streams would be caught in a recording and never leave it
@@ -116,6 +134,8 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto", lora_rank: 
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(dtype) or (
         torch.float32 if place.type == "cpu" else torch.bfloat16)
     model = _from_pretrained(AutoModelForCausalLM, name, dtype=dtype, attn_implementation="grouped_sdpa", use_safetensors=True)
+    refuse_foreign(model.config)
+    model.requires_grad_(not frozen)
     if size() == 1:
         model.to(place)
     if lora_rank:  # adapters in the model's dtype, as they have float32 masters: peft would compute with them in float32
@@ -149,7 +169,7 @@ def initial_model(cfg, model):
             with model.disable_adapter():
                 yield model
         return adapters_off
-    frozen = load_model(cfg.model, cfg.device, cfg.dtype).requires_grad_(False)
+    frozen = load_model(cfg.model, cfg.device, cfg.dtype, frozen=True)
     return lambda: contextlib.nullcontext(frozen)
 
 
@@ -193,7 +213,7 @@ def memory_plan(model, rows: int, tokens: int, micro_batch_tokens: int, max_rows
     activation_token = (1 + critic) * kept + checkpointed * block
     plan = {
         "weights": sum(numel.values()) * item,
-        "reference": frozen * sum(numel.values()) * (item if N == 1 else 4 / N),
+        "reference": frozen * sum(numel.values()) * item / N,
         "frozen weights at rest": (sum(numel.values()) - trained) * item / N if N > 1 else 0,
         "critic": sum(n for p, n in trunk.items() if N == 1 or not p.requires_grad) * item / N,
         "float32 masters": master * (trained + learns) / N,
@@ -229,13 +249,13 @@ def row_bytes(model, tokens: int) -> int:
 
 
 def max_rows_for(model, tokens: int, coming: float = 0.0) -> int:
-    """How many answers of `tokens` tokens are decoded at once: cache and logits take at most half of what is free (8 GiB on a
-    CPU), and not of what is `coming`, in bytes."""
+    """How many answers of `tokens` tokens are decoded at once: cache and logits take at most a SHARE of what is free (8 GiB on a
+    CPU) once what is `coming`, in bytes, is there. While the cache is moved, two of its layers come on top."""
     device = next(model.parameters()).device
-    free, card = 16 << 30, torch.get_device_module(device)
+    free, card = (8 << 30) / SHARE, torch.get_device_module(device)
     if hasattr(card, "mem_get_info"):  # what torch has reserved but not handed out is free as well
         free = card.mem_get_info(device)[0] + card.memory_reserved(device) - card.memory_allocated(device) - coming
-    return max(1, min(512, math.floor(free / 2 / row_bytes(model, tokens))))
+    return max(1, min(512, math.floor(SHARE * free / row_bytes(model, tokens))))
 
 
 def peak_bytes() -> float:

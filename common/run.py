@@ -16,6 +16,7 @@ import math
 import os
 import pathlib
 import platform
+import shutil
 import signal
 import statistics
 import time
@@ -97,6 +98,7 @@ class Run:
         if rank() == 0:
             with writing(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
+                (self.folder / "stop").unlink(missing_ok=True)
                 clean(self.folder)
         self.write("config.json", json.dumps({
             "script": self.name, "flags": {**vars(self.cfg), "resume": None, "output": str(self.folder)},
@@ -132,7 +134,8 @@ class Run:
                 self.bar.update()
                 bad = [row for row in self.rows[-5:] if row.get("skipped") or math.isnan(row.get("entropy", 0.0))]
                 stuck = len(bad) == 5
-                self.stopping = total(int(self.stopping)) > 0  # a signal may have reached one rank before the other
+                asked = self.stopping or (self.folder / "stop").exists()
+                self.stopping = total(int(asked)) > 0  # a signal may have reached one rank before the other
                 if self.stopping or stuck or (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
                     self.save(step + 1)
                 if stuck:
@@ -190,7 +193,7 @@ class Run:
         if broken:
             return f"the weights are not finite ({broken}), take another --model"
         what = "gradient is" if math.isfinite(self.rows[-1].get("loss", 0.0)) else "loss and its gradient are"
-        return f"the weights are finite, the {what} not; lower --lr or take --dtype float32, with --resume {self.folder}"
+        return f"the weights are finite, the {what} not; lower --lr with --resume {self.folder}, or start anew in --dtype float32"
 
     def log(self, rollout=None, rewards=None, parts=(), gaps=(), **values) -> None:
         """Writes one row for the current step, of all ranks together, shows the bar, warns of what tends to go wrong.
@@ -341,6 +344,12 @@ def start(cfg, name: str) -> Run:
     plan = memory_plan(run.model, rows, tokens, cfg.micro_batch_tokens, None, frozen, cfg.offload_optimizer, critic)
     scale, unit = (1, "GiB") if plan["peak"] >= 1 else (1024, "MiB")
     print(f"memory plan, {unit}: " + ", ".join(f"{part} {gib * scale:.1f}" for part, gib in plan.items() if gib))
+    bytes_ = numel * weight.element_size() + trained * (8 if weight.element_size() == 4 else 12)  # weights, masters, moments
+    disk = next(folder for folder in (run.folder.absolute(), *run.folder.absolute().parents) if folder.exists())
+    room = shutil.disk_usage(disk).free
+    if room < 3 * bytes_ * (1 + critic):  # two stay, the third is written before the first is removed
+        print(f"note: three checkpoints take {3 * bytes_ * (1 + critic) / 2**30:.1f} GiB, {disk} has {room / 2**30:.1f} free; "
+              "another disk: --output")
     if cfg.resume:
         print(f"going on from step {run.first} of {cfg.steps} in {run.folder}" + " (no checkpoint yet)" * (not run.checkpoint))
     return run

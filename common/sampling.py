@@ -199,14 +199,20 @@ def sample(model, tokenizer, prompts: list[list[int]], n: int, max_new_tokens: i
     place = [p if alone else p * size() + rank() for p in range(len(prompts))]                              # in the whole
     noise = torch.rand(place[-1] + 1, n, max_new_tokens, dtype=torch.float64, generator=generator)[place].flatten(0, 1)  # (B, T)
     graphs = getattr(causal_lm(model), "cuda_graphs", False) if graphs is None else graphs
-    pieces = []
+    pieces, start = [], 0
     with gathered(causal_lm(model)):
         max_rows = max_rows or max_rows_for(causal_lm(model), max(map(len, prompts)) + max_new_tokens)
-        for start in range(0, len(owner), max_rows):
+        while start < len(owner):
             here = owner[start:start + max_rows]
             rows = torch.tensor([p - here[0] for p in here], device=device)
-            pieces.append(decode(model, prompts[here[0]:here[-1] + 1], rows, max_new_tokens, temperature, top_p, stop,
-                                 noise[start:start + max_rows].to(device, widest(device)), repetition_penalty, graphs))
+            try:
+                pieces.append(decode(model, prompts[here[0]:here[-1] + 1], rows, max_new_tokens, temperature, top_p, stop,
+                                     noise[start:start + max_rows].to(device, widest(device)), repetition_penalty, graphs))
+                start += len(here)
+            except torch.OutOfMemoryError:  # fewer at once give the same answers
+                if len(here) == 1:
+                    raise
+                max_rows = len(here) // 2
     tokens, logp, entropy, lengths, finished = (torch.cat(parts) for parts in zip(*pieces))
     model.train(was_training)
     T = int(lengths.max())

@@ -1,4 +1,7 @@
 """Small random models of three architectures, and a folder in the hub's format: model, byte-level tokenizer, chat template."""
+import os
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # figures and equalities here are the CPU's
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -71,6 +71,11 @@ def test_sampling_waits_once_a_token(facts):
     assert facts["waits"] == {"plain": 69, "recorded": 5}
 
 
+def test_sampling_takes_fewer_answers_where_memory_runs_out(facts):
+    """48 answers at once on a card that holds less, but 24: they come in parts, and are the same."""
+    assert facts["in parts"] == [True, True]
+
+
 def test_backward_keeps_one_chunk(facts):
     """64 tokens in chunks of 4, V = 4,096: a chunk's logits are 64 KiB in float32, all of them 1 MiB. A gradient of them and what
     softmax and logsumexp need are a few chunks; a graph that keeps its recomputed logits would take 16. For a loss of the log-probs
@@ -135,6 +140,17 @@ if __name__ == "__main__":
             card.waits.clear()
             common.sampling.sample(model, tokenizer, [[5, 6, 7], [8, 9]], 2, 70, graphs=graphs)
             facts_["waits"][name_] = card.waits["nonzero"]
+        whole = common.sampling.sample(model, tokenizer, [[5, 6, 7], [8, 9]], 24, 70, max_rows=48)
+        answers, needs = whole.tokens.cpu(), []
+        for rows in (48, 24):
+            card.peak = card.held
+            common.sampling.sample(model, tokenizer, [[5, 6, 7], [8, 9]], 24, 70, max_rows=rows)
+            needs.append(card.peak)
+        room, card.size, tried = card.size, sum(needs) // 2, []
+        decode, common.sampling.decode = common.sampling.decode, lambda *args: (tried.append(len(args[2])), decode(*args))[1]
+        again = common.sampling.sample(model, tokenizer, [[5, 6, 7], [8, 9]], 24, 70, max_rows=48).tokens.cpu()
+        facts_["in parts"] = [tried == [48, 24, 24], torch.equal(again, answers)]
+        card.size, common.sampling.decode = room, decode
         hidden, weight = (torch.randn(n, 2, device="card", requires_grad=True) for n in (64, 4096))
         facts_["chunks"] = []
         for of_entropy in (False, True):

@@ -29,6 +29,8 @@ JOBS = {  # name -> script, flags. 300 tokens: the ranks have different numbers 
     "trunk": ("ppo", f"{LOOP} --updates-per-rollout 1 --critic shared --lora-rank 2"),
     "tied": ("ppo", f"{LOOP} --updates-per-rollout 1 --model {{folder}}/tied_model"),  # and blocks recomputed in backward
 }
+READERS = [("common.internal_policy", "--samples 5 --max-new-tokens 40 --micro-batch-tokens 150 --seed 1", "entropies.json"),
+           ("entropy_min", "--analyze --problems 5 --max-new-tokens 40 --micro-batch-tokens 150", "logits.json")]
 HALF = f"{LOOP} --advantage reinforce++ --steps 1 --max-new-tokens 40 --group-size 12"
 
 
@@ -108,8 +110,18 @@ def test_files_are_those_of_one_process(folder):
     """One line a step, traces in the order of the problems, no leftovers; and the first process alone speaks."""
     assert (folder / "sft-1" / "traces.jsonl").read_text() == (folder / "sft-2" / "traces.jsonl").read_text()
     assert sorted(p.name for p in (folder / "grpo-1").iterdir()) == sorted(p.name for p in (folder / "grpo-2").iterdir())
-    assert (folder / "said").read_text().count("first prompt") == len(JOBS) + 2
+    assert (folder / "said").read_text().count("first prompt") == len(JOBS) + 3  # two runs of HALF, and the view inside
     AutoModelForCausalLM.from_pretrained(folder / "tied-2" / "model")
+
+
+@pytest.mark.parametrize("script, flags, name", READERS)
+def test_readers_see_what_one_process_sees(script, flags, name, folder):
+    """common.internal_policy and --analyze: the same answers, the same numbers, written once."""
+    assert command(script, flags, folder, f"{script}-1") == 0
+    one, two = (json.loads((folder / f"{script}-{n}" / name).read_text())["models"]["tiny"] for n in (1, 2))
+    numbers = lambda x: [y for part in (x.values() if isinstance(x, dict) else x) for y in numbers(part)] if isinstance(
+        x, (dict, list)) else [x]
+    assert one.keys() == two.keys() and numbers(two) == pytest.approx(numbers(one), rel=1e-4, abs=1e-5)
 
 
 def test_what_cannot_be_split(folder):
@@ -124,6 +136,8 @@ if __name__ == "__main__":
     with process_group():
         for job, (script_, flags_) in JOBS.items():
             assert command(script_, flags_, place, f"{job}-2") == 0, job
+        for script_, flags_, _ in READERS:
+            assert command(script_, flags_, place, f"{script_}-2") == 0, script_
         assert command("grpo", HALF, place, "stopped-2") == 0
         assert command("grpo", f"--resume {place / 'stopped-1'} --steps 2", place, "stopped-1") == 0
         codes = [command("grpo", "--prompts-per-step 3 --steps 1", place, "odd"),

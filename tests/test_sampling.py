@@ -6,9 +6,20 @@ import pytest
 import torch
 from conftest import byte_level_tokenizer, random_model
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3NextConfig,
+)
 
+from common.errors import BadInput
 from common.logprobs import response_logprobs
-from common.models import grouped_sdpa
+from common.models import grouped_sdpa, refuse_foreign
 from common.sampling import join, keep_top_p, pick, sample
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [14]]  # of different lengths: the sampler pads them on the right
@@ -39,6 +50,34 @@ def test_sampler_and_trainer_agree(kind, temperature, tokenizer):
     logp, entropy = response_logprobs(model, rollout, temperature)
     assert 0 < rollout.finished.float().mean() < 1  # both ends happen
     assert (logp - rollout.logp).abs().max() < 1e-4 and (entropy - rollout.entropy).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("config", [MistralConfig, Qwen2Config, Gemma3TextConfig])
+def test_a_sliding_window_slides_in_decoding_too(config, tokenizer):
+    """Window 16, prompts of 1 to 21 tokens, answers of 40: sampler and trainer agree, and without the window they would not."""
+    torch.manual_seed(0)
+    extra = {"use_sliding_window": True, "max_window_layers": 1} if config is Qwen2Config else {}
+    settings = config(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+                      num_key_value_heads=2, head_dim=8, sliding_window=16, initializer_range=0.5, eos_token_id=1, pad_token_id=0,
+                      bos_token_id=None, attn_implementation="grouped_sdpa", **extra)
+    model = AutoModelForCausalLM.from_config(settings).eval()
+    rollout = sample(model, tokenizer, [*PROMPTS, list(range(5, 26))], n=4, max_new_tokens=40, seed=2)
+    gap = lambda: (response_logprobs(model, rollout)[0] - rollout.logp).abs().max()
+    assert rollout.lengths.max() > 20 and gap() < 1e-3
+    for block in model.model.layers:
+        block.self_attn.sliding_window = None
+    model.config.sliding_window = 1000
+    assert gap() > 0.01
+
+
+@pytest.mark.parametrize("config, kind", [
+    (Qwen3NextConfig(), "linear_attention"), (Gemma2Config(), "attn_logit_softcapping"),
+    (LlamaConfig(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}), "dynamic")])
+def test_models_of_another_kind_are_refused(config, kind):
+    with pytest.raises(BadInput, match=f"{config.model_type} is not supported: {kind}"):
+        refuse_foreign(config)
+    for known in (MistralConfig(), Gemma3TextConfig(), Qwen2Config(), Qwen3Config(), LlamaConfig()):
+        refuse_foreign(known)
 
 
 def test_no_query_sees_nothing(tokenizer, monkeypatch):

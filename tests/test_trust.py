@@ -11,12 +11,14 @@ import signal
 import socket
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import bupo
+import common.run
 import entropy_min
 import grpo
 import kl3_grpo
@@ -485,6 +487,36 @@ def test_out_of_memory_twice_is_one_line(tmp_path, monkeypatch, capsys):
     small_memory(monkeypatch, [], lambda run, call: run.step == 1, 0, RuntimeError(OUT))
     said = fails(capsys, lambda: run(grpo, *MEMORY, output=tmp_path / "run"), "lower --micro-batch-tokens 100")
     assert said.count("once more") == 1
+
+
+def test_out_of_memory_anywhere_else_is_one_line(tmp_path, monkeypatch, capsys):
+    def start(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee the documentation")
+    monkeypatch.setattr(grpo, "start", start)
+    fails(capsys, lambda: run(grpo, output=tmp_path / "run"), "out of memory: CUDA out of memory. Tried to allocate 2 GiB.")
+
+
+def test_a_file_named_stop_stops(tmp_path, monkeypatch, capsys):
+    """As Ctrl-C would after the first step, also where torchrun would not wait for it; gone on from, the same result."""
+    write = common.run.Run.log
+
+    def log(self, *args, **kwargs):
+        write(self, *args, **kwargs)
+        (self.folder / "stop").touch()
+    run(grpo, output=tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(common.run.Run, "log", log)
+        run(grpo, "--save-every", 100, output=tmp_path / "cut")
+    assert stop.value.code == 130 and len(rows_of(tmp_path / "cut")) == 1 and "nothing is lost" in capsys.readouterr().out
+    grpo.main(["--resume", str(tmp_path / "cut")])
+    same(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_small_disk_is_told_before_it_is_full(tmp_path, monkeypatch, capsys):
+    """0.83 M weights, two moments each, in float32: 12 bytes a weight, 9.5 MiB, three times 28."""
+    monkeypatch.setattr(common.run.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=2**20))
+    run(grpo, "--steps", 1, output=tmp_path / "run")
+    assert "note: three checkpoints take 0.0 GiB" in capsys.readouterr().out
 
 
 def test_out_of_memory_while_sampling(tmp_path, monkeypatch, capsys):

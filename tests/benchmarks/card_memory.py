@@ -53,9 +53,9 @@ def measure(name: str, gib: int, rank: int, offload: bool, budget: int, ppo: boo
     """-> the plan, GiB at the peak of sampling, of training, of the update, and how many answers are sampled at once."""
     with Card(int(0.99 * gib * 2**30), shapes=True) as card:
         model, tokenizer = build(name, rank), load_tokenizer(str(TINY))
+        optimizers = [MasterAdamW(model, 1e-6, offload=offload)]
         with contextlib.redirect_stdout(io.StringIO()):
             plan = memory_plan(model, ANSWERS, PROMPT + NEW, budget, None, ppo and not rank, offload, ppo)
-        optimizers = [MasterAdamW(model, 1e-6, offload=offload)]
         if ppo:
             _reference = None if rank else build(name, 0).requires_grad_(False)
             critic = Critic(model.config.hidden_size, causal_lm(build(name, rank)).model).to("card").train()

@@ -7,8 +7,8 @@ Correct: log-probs and entropies of a small model on the card, float32 and bfloa
 the trainer's, in the plain loop and with recorded steps. Decoding: tokens/s of common/sampling.py, both ways, of model.generate, which
 is what TRL's trainer calls, and of transformers' continuous batching, against the floor (weights and cache read once a step, at
 the measured copy rate). Training: tokens/s and the share of the measured bfloat16 matmul rate, 6 FLOPs a weight and token and 8
-with blocks computed twice; answers of one length and of many, with and without cuDNN's attention, which plans anew for every
-shape. Memory: the plan against the measured peak.
+with blocks computed twice. Both also with answers of many lengths, other ones in every round, without and with cuDNN's attention,
+which plans anew for every shape (common/models.py turns it off). Memory: the plan against the measured peak.
 """
 import argparse
 import gc
@@ -107,6 +107,14 @@ def decoding(model, tokenizer, rows: int, new: int) -> None:
     for graphs in WAYS:
         row(f"common/sampling.py{', --cuda-graphs' * graphs}", rows * new / seconds(
             lambda g=graphs: sample(model, tokenizer, [PROMPT], rows, new, max_rows=rows, graphs=g), 1))
+    model.generation_config.eos_token_id = list(range(4, 4 + max(1, 2 * config.vocab_size // new)))  # ends after half, in the mean
+    for cudnn in (False, True):
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
+        drawn = []
+        elapsed = seconds(lambda d=drawn: d.append(sample(model, tokenizer, [PROMPT], rows, new, seed=len(d), max_rows=rows)), 1)
+        row(f"common/sampling.py, ends at different times{', cuDNN' * cudnn}", int(drawn[-1].lengths.sum()) / elapsed)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    model.generation_config.eos_token_id = None
     model.set_attn_implementation("sdpa")
     ids = torch.tensor([PROMPT] * rows, device=DEVICE)
     with torch.inference_mode():
@@ -149,15 +157,19 @@ def training(model, tokenizer, rows: int, new: int, budget: int) -> None:
     print(f"\n## Training\n\n{rows} answers of at most {new} tokens, {budget} tokens at once; matmul {matmul / 1e12:.0f} TFLOP/s; peak while "
           f"sampling {sampling_peak:.1f} GiB; planned {plan['peak']:.1f} GiB\n\n"
           "| answers | tokens/s | share of the matmul rate, 6 FLOPs | 8 FLOPs | peak, GiB | reserved |\n| --- | --- | --- | --- | --- | --- |")
-    lengths = torch.linspace(new / 4, new, rows, device=DEVICE).long()
-    inside = (torch.arange(new, device=DEVICE) < lengths[:, None]).float()
-    several = replace(rollout, lengths=lengths, mask=inside, tokens=rollout.tokens * inside.long())
-    for name, answers, cudnn in (("of one length", rollout, True), ("of many lengths", several, True),
-                                 ("of one length, without cuDNN", rollout, False), ("of many, without cuDNN", several, False)):
+
+    def ragged():
+        lengths = torch.randint(new // 4, new + 1, (rows,), device=DEVICE)
+        inside = (torch.arange(new, device=DEVICE) < lengths[:, None]).float()
+        return replace(rollout, lengths=lengths, mask=inside, tokens=rollout.tokens * inside.long())
+    for name, answers, cudnn in (("of one length", lambda: rollout, False), ("of many lengths", ragged, False),
+                                 ("of many lengths, cuDNN", ragged, True)):
         peak(reset=True)
         torch.backends.cuda.enable_cudnn_sdp(cudnn)
+        first, second = answers(), answers()
+        rounds = iter((first, second))
         try:
-            rate = (rows * len(PROMPT) + int(answers.lengths.sum())) / seconds(lambda a=answers: step(a), 1)
+            rate = (rows * len(PROMPT) + int(second.lengths.sum())) / seconds(lambda r=rounds: step(next(r)), 1)
         except torch.OutOfMemoryError as error:
             optimizer.zero_grad()
             print(f"| {name} | out of memory: {str(error)[:120]} | | | {peak():.1f} | |", flush=True)
@@ -165,7 +177,6 @@ def training(model, tokenizer, rows: int, new: int, budget: int) -> None:
         reserved = torch.cuda.max_memory_reserved() / 2**30 if DEVICE.type == "cuda" else math.nan
         print(f"| {name} | {rate:.0f} | {6 * numel * rate / matmul:.2f} | {8 * numel * rate / matmul:.2f} | {peak():.1f} | {reserved:.1f} |",
               flush=True)
-    torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 def main():
@@ -177,6 +188,7 @@ def main():
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU, toy shapes: these numbers mean nothing"
     print(f"{name}, torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}")
     tokenizer = load_tokenizer(str(TINY))
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as common/models.py
     correct(tokenizer)
     shape = (256, 512, 2, 4, 2048) if args.toy else (2560, 9728, 36, 32, 151936)
     model = build(*shape, torch.bfloat16)

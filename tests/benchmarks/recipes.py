@@ -39,7 +39,7 @@ def plan(name: str, card: int, ranks: int, rank: int, offload: bool, answers: in
     held = sum(gib for part, gib in at(1).items() if part not in ("gradients", "cache and logits while sampling", "activations",
                                                                   "logits chunk", "peak"))
     row = at(1)["cache and logits while sampling"]
-    at_once = max(1, min(rows, int((0.99 * card - held) / 2 / row)))
+    at_once = max(1, min(rows, int((0.99 * card - held) * common.models.SHARE / row)))
     return at(at_once), at_once
 
 
@@ -50,7 +50,7 @@ def main():
         gib, at_once = plan(name, card, ranks, rank, offload)
         held = sum(gib.get(part, 0) for part in ("float32 masters", "gradients", "Adam moments"))
         what = (f"adapters of rank {rank}" if rank else "all") + ", optimiser offloaded" * offload
-        fits = "" if gib["peak"] < 0.94 * card else ": does not fit"
+        fits = "" if gib["peak"] < 0.97 * card else ": does not fit"
         print(f"| {name} | {what} | {ranks} x {card} GB | {gib['weights']:.1f} | {held:.1f} | "
               f"{gib['cache and logits while sampling']:.1f} ({at_once}) | {gib['activations'] + gib['logits chunk']:.1f} | "
               f"{gib['peak']:.1f}{fits} |")
