@@ -156,7 +156,7 @@ def choose_layer(run) -> int:
     rollout = sample(run.model, run.tokenizer, [row["prompt"] for row in run.train[:16]], 4, min(cfg.max_new_tokens, 512),
                      cfg.temperature, seed=cfg.seed, alone=True)
     entropies = rollout_entropies(run.model, rollout, cfg.micro_batch_tokens)
-    change, found = entropy_changes(entropies)["ffn"], boundaries(entropies)                    # (L,), eq. 13; by tolerance
+    change, found = entropy_changes(entropies)["ffn"], boundaries(entropies)                    # (L,), eq. 13; {tolerance: block}
     if found[0.05] is None:
         raise BadInput("--layer auto: no block's FFN raises the entropy, so there is no exploration region: take --layer N")
     layer = min(found[0.05], L - 1)
@@ -165,8 +165,9 @@ def choose_layer(run) -> int:
         print(f"{l:5} {entropies['layer_out'][l - 1]:23.3f} {change[l - 1]:+19.3f}{'   <- boundary' if l == layer else ''}")
     if found[0.05] == L:
         print(f"every block up to the last raises it; block {L}'s policy is the model's own, so block {L - 1} is taken")
-    if len(set(found.values())) > 1:
-        print("fragile choice, it moves with the tolerance: " + ", ".join(f"{t} gives {l or 'none'}" for t, l in found.items()))
+    taken = {tolerance: l and min(l, L - 1) for tolerance, l in found.items()}
+    if len(set(taken.values())) > 1:
+        print("fragile choice, it moves with the tolerance: " + ", ".join(f"{t} gives {l or 'none'}" for t, l in taken.items()))
     return layer
 
 

@@ -139,7 +139,7 @@ def whole_weights(model) -> dict | None:
     kept = {name: weight for name, weight in model.state_dict().items()
             if ("lora_" in name if adapters else name != "lm_head.weight" or not lm.config.tie_word_embeddings)}
     weights = {name: whole(weight) for name, weight in kept.items()}
-    return weights if adapters or rank() > 0 else {name: weight.to(lm.narrow) for name, weight in weights.items()}
+    return weights if rank() > 0 else {name: weight.to(lm.narrow) for name, weight in weights.items()}
 
 
 def save_model(model, tokenizer, folder: pathlib.Path, weights: dict | None = None) -> None:

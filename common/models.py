@@ -112,6 +112,8 @@ def refuse_foreign(config) -> None:
     ropes = getattr(config, "rope_parameters", None) or {}
     found = [kind for kind in getattr(config, "layer_types", None) or () if kind not in ("full_attention", "sliding_attention")]
     found += ["attn_logit_softcapping"] if getattr(config, "attn_logit_softcapping", None) else []
+    if config.model_type in ("qwen2_moe", "phimoe", "doge", "blt") and getattr(config, "sliding_window", None):
+        found.append("sliding_window")  # which these do not tell their attention
     found += [rope["rope_type"] for rope in (ropes, *ropes.values()) if isinstance(rope, dict)
               and rope.get("rope_type") in ("longrope", "dynamic")]
     if found:

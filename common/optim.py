@@ -80,6 +80,8 @@ class MasterAdamW:
                    for i, of in state["adamw"]["state"].items()}
         groups = [{**group, **self.given} for group in state["adamw"]["param_groups"]]
         self.adamw.load_state_dict({"state": moments, "param_groups": groups})
-        for master, saved in zip(self.masters, state["masters"], strict=True):
+        for weight, master, saved in zip(self.weights, self.masters, state["masters"], strict=True):
+            if saved is None and weight.dtype != torch.float32:
+                raise ValueError("it was trained in float32")  # adapters of older code
             if saved is not None:
                 master.copy_(split_like(saved, master))

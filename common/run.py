@@ -98,7 +98,6 @@ class Run:
         if rank() == 0:
             with writing(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
-                (self.folder / "stop").unlink(missing_ok=True)
                 clean(self.folder)
         self.write("config.json", json.dumps({
             "script": self.name, "flags": {**vars(self.cfg), "resume": None, "output": str(self.folder)},
@@ -138,6 +137,8 @@ class Run:
                 self.stopping = total(int(asked)) > 0  # a signal may have reached one rank before the other
                 if self.stopping or stuck or (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
                     self.save(step + 1)
+                if self.stopping and rank() == 0:
+                    (self.folder / "stop").unlink(missing_ok=True)
                 if stuck:
                     raise BadInput(f"step {step + 1} is the fifth in a row without sane numbers: {self.diagnosis()}")
                 if self.stopping and step + 1 < cfg.steps:
@@ -344,12 +345,15 @@ def start(cfg, name: str) -> Run:
     plan = memory_plan(run.model, rows, tokens, cfg.micro_batch_tokens, None, frozen, cfg.offload_optimizer, critic)
     scale, unit = (1, "GiB") if plan["peak"] >= 1 else (1024, "MiB")
     print(f"memory plan, {unit}: " + ", ".join(f"{part} {gib * scale:.1f}" for part, gib in plan.items() if gib))
-    bytes_ = numel * weight.element_size() + trained * (8 if weight.element_size() == 4 else 12)  # weights, masters, moments
+    item = (getattr(lm, "narrow", None) or weight.dtype).itemsize
+    masters = item < 4 or size() > 1 or cfg.offload_optimizer
+    one = ((trained if cfg.lora_rank else numel) * item + trained * (8 + 4 * masters)) * (1 + critic)  # weights, moments, masters
+    coming = 3 - min(2, len(list(run.folder.glob("checkpoints/step-??????"))))  # two stay, a third is written before one goes
     disk = next(folder for folder in (run.folder.absolute(), *run.folder.absolute().parents) if folder.exists())
     room = shutil.disk_usage(disk).free
-    if room < 3 * bytes_ * (1 + critic):  # two stay, the third is written before the first is removed
-        print(f"note: three checkpoints take {3 * bytes_ * (1 + critic) / 2**30:.1f} GiB, {disk} has {room / 2**30:.1f} free; "
-              "another disk: --output")
+    if room < coming * one:
+        print(f"note: a checkpoint takes {one * scale / 2**30:.1f} {unit}, {coming} more must fit on the disk of {disk}, "
+              f"which has {room * scale / 2**30:.1f} {unit} free; another disk: --output")
     if cfg.resume:
         print(f"going on from step {run.first} of {cfg.steps} in {run.folder}" + " (no checkpoint yet)" * (not run.checkpoint))
     return run

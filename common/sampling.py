@@ -201,7 +201,8 @@ def sample(model, tokenizer, prompts: list[list[int]], n: int, max_new_tokens: i
     graphs = getattr(causal_lm(model), "cuda_graphs", False) if graphs is None else graphs
     pieces, start = [], 0
     with gathered(causal_lm(model)):
-        max_rows = max_rows or max_rows_for(causal_lm(model), max(map(len, prompts)) + max_new_tokens)
+        fitting = max_rows_for(causal_lm(model), max(map(len, prompts)) + max_new_tokens)
+        max_rows = max_rows or min(fitting, getattr(causal_lm(model), "most_rows", fitting))
         while start < len(owner):
             here = owner[start:start + max_rows]
             rows = torch.tensor([p - here[0] for p in here], device=device)
@@ -212,7 +213,8 @@ def sample(model, tokenizer, prompts: list[list[int]], n: int, max_new_tokens: i
             except torch.OutOfMemoryError:  # fewer at once give the same answers
                 if len(here) == 1:
                     raise
-                max_rows = len(here) // 2
+                max_rows = causal_lm(model).most_rows = len(here) // 2
+                print(f"note: out of memory while sampling {len(here)} answers at once: {max_rows} from now on", flush=True)
     tokens, logp, entropy, lengths, finished = (torch.cat(parts) for parts in zip(*pieces))
     model.train(was_training)
     T = int(lengths.max())

@@ -147,6 +147,13 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
     assert math.isnan(optimizer.step()) and weight.item() == 1.0
 
 
+def test_adapters_trained_in_float32_are_not_rounded_silently():
+    """Saved by older code: without masters, as they were their own. A bfloat16 weight cannot go on from that."""
+    old, new = MasterAdamW(torch.nn.Linear(2, 1), lr=0.1), MasterAdamW(torch.nn.Linear(2, 1).bfloat16(), lr=0.1)
+    with pytest.raises(ValueError, match="trained in float32"):
+        new.load_state_dict(old.state_dict())
+
+
 def test_a_resumed_optimizer_keeps_how_it_was_built():
     """Moments and step count come from the checkpoint; learning rate, decay and the kind of update, which follows the device, do not."""
     old, new = (MasterAdamW(torch.nn.Linear(2, 1), lr=lr, weight_decay=decay) for lr, decay in ((0.1, 0.01), (0.2, 0.0)))

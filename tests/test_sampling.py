@@ -13,6 +13,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
     Qwen3NextConfig,
 )
@@ -72,6 +73,7 @@ def test_a_sliding_window_slides_in_decoding_too(config, tokenizer):
 
 @pytest.mark.parametrize("config, kind", [
     (Qwen3NextConfig(), "linear_attention"), (Gemma2Config(), "attn_logit_softcapping"),
+    (Qwen2MoeConfig(use_sliding_window=True, sliding_window=16), "sliding_window"),
     (LlamaConfig(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}), "dynamic")])
 def test_models_of_another_kind_are_refused(config, kind):
     with pytest.raises(BadInput, match=f"{config.model_type} is not supported: {kind}"):

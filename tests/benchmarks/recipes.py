@@ -3,7 +3,7 @@
     python tests/benchmarks/recipes.py
 
 A rollout is 128 answers of at most 2,048 tokens (and 200 of prompt), training takes 16,384 tokens at once; of 24 GB cards 2,048. The
-cache gets half of what weights and optimiser leave free, as in common/models.py; fewer rows at once is what that changes.
+cache gets three quarters of what weights and optimiser leave free, as in common/models.py; fewer rows at once is what that changes.
 """
 import pathlib
 import sys
