@@ -125,6 +125,16 @@ def prune(checkpoint: pathlib.Path) -> None:
         shutil.rmtree(old)
 
 
+def tell_small_disk(folder: pathlib.Path, one: float) -> None:
+    """A note if the checkpoints to come, of `one` bytes, do not fit on the disk of a run's folder, which may not be there yet."""
+    coming = 3 - min(2, len(list(folder.glob("checkpoints/step-??????"))))  # two stay, a third is written before one goes
+    disk = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    room = shutil.disk_usage(disk).free
+    if room < coming * one:
+        print(f"note: a checkpoint takes {one / 2**20:.1f} MiB, {coming} more must fit on the disk of {disk}, which has "
+              f"{room / 2**20:.1f} MiB free; another disk: --output")
+
+
 def clean(folder: pathlib.Path) -> None:
     """Removes what a run that was killed while writing has left half-written."""
     for leftover in [*folder.glob("*.tmp"), *folder.glob("checkpoints/*.tmp")]:

@@ -80,7 +80,7 @@ def pick_device(device: str) -> torch.device:
         raise BadInput(f"--device {device}: {str(error).splitlines()[0]}") from error
     if place.type == "cuda":
         torch.cuda.set_device(place)  # recordings and counters are the current one's
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans for half a second for every new shape, and nearly all are new
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape, and micro-batches differ
     return place
 
 

@@ -16,7 +16,6 @@ import math
 import os
 import pathlib
 import platform
-import shutil
 import signal
 import statistics
 import time
@@ -30,6 +29,7 @@ from common.checkpoints import (
     newest,
     save_model,
     sync,
+    tell_small_disk,
     whole_folder,
     whole_weights,
     write_atomically,
@@ -348,12 +348,7 @@ def start(cfg, name: str) -> Run:
     item = (getattr(lm, "narrow", None) or weight.dtype).itemsize
     masters = item < 4 or size() > 1 or cfg.offload_optimizer
     one = ((trained if cfg.lora_rank else numel) * item + trained * (8 + 4 * masters)) * (1 + critic)  # weights, moments, masters
-    coming = 3 - min(2, len(list(run.folder.glob("checkpoints/step-??????"))))  # two stay, a third is written before one goes
-    disk = next(folder for folder in (run.folder.absolute(), *run.folder.absolute().parents) if folder.exists())
-    room = shutil.disk_usage(disk).free
-    if room < coming * one:
-        print(f"note: a checkpoint takes {one * scale / 2**30:.1f} {unit}, {coming} more must fit on the disk of {disk}, "
-              f"which has {room * scale / 2**30:.1f} {unit} free; another disk: --output")
+    tell_small_disk(run.folder, one)
     if cfg.resume:
         print(f"going on from step {run.first} of {cfg.steps} in {run.folder}" + " (no checkpoint yet)" * (not run.checkpoint))
     return run

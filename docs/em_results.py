@@ -119,7 +119,7 @@ def main():
                         f"{mean('parsed', update):.3f}", f"{mean('accuracy_parsed', update):.3f}",
                         f"{mean('length', update):.0f}", f"{mean('agreement', update):.3f}",
                         f"{statistics.fmean(r['rows'][min(update, 39)]['loss'] for r in long):.4f}"]
-                       for update in (0, 2, 4, 6, 8, 10, 15, 20, 25, 30, 35, 40)])
+                       for update in (0, 2, 4, 6, 8, 10, 15, 16, 20, 25, 30, 35, 40)])
     at = lambda rule: [near(r, "accuracy", rule(r)) for r in long]
     peak = [max(near(r, "accuracy", step) for step in steps) for r in long]
     rules = {"10 updates": lambda r: 10, "agreement of answers falls": first_fall,

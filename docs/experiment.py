@@ -7,6 +7,7 @@ A run lives in runs/docs/<experiment>/<arm>-<seed>; one that is finished is read
 import argparse
 import contextlib
 import importlib
+import itertools
 import json
 import multiprocessing
 import pathlib
@@ -126,6 +127,20 @@ def paired(a, b, digits=3) -> str:
     differences = [x - y for x, y in zip(a, b)]
     error = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else float("nan")
     return f"{statistics.fmean(differences):+.{digits}f} ± {error:.{digits}f}"
+
+
+def apart(values: dict[str, list[float]], digits=3) -> str:
+    """Which of all pairs of arms, paired by seed, differ by more than two standard errors: a line of text."""
+    pairs = list(itertools.combinations(values, 2))
+    found = []
+    for a, b in pairs:
+        differences = [x - y for x, y in zip(values[a], values[b])]
+        mean, error = statistics.fmean(differences), statistics.stdev(differences) / len(differences) ** 0.5
+        if abs(mean) > 2 * error:
+            first, second = (a, b) if mean > 0 else (b, a)
+            found.append((abs(mean), f"{first} minus {second} {paired(values[first], values[second], digits)}"))
+    return f"Pairs that differ by more than two standard errors: {len(found)} of {len(pairs)}" + (
+        ": " + ", ".join(text for _, text in sorted(found, reverse=True)) if found else "") + ".\n"
 
 
 def smooth(rows, key, width=4) -> list[float]:

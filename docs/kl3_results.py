@@ -86,6 +86,7 @@ def main():
                    "entropy at equal reward", "reward, mean of all steps"],
                   [[delta, *(ex.paired(of(f"kl3 {delta}"), of(f"ratio {delta}")) for of in (
                       after, lambda n: last(n, "entropy"), equal, lambda n: whole(n, "reward")))] for delta in DELTAS])
+    width += "\nAccuracy of the five gates of the usual width. " + ex.apart({name: after(name) for name in list(ARMS)[1:6]})
     binned = lambda name, b, key: [statistics.fmean(p["bins"][b][key] for p in r["probe"] if "bins" in p) for r in results[name]]
     bins = lambda name, b, key: statistics.fmean(binned(name, b, key))
     edges = [f"{low} to {high}" for low, high in zip(BINS, BINS[1:])]

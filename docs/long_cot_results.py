@@ -78,6 +78,8 @@ def main():
     discounts = ex.table(["discount of the answer's reward", *(f"penalty {p}" for p in GAMMAS)],
                       [[c, *(f"{ex.spread(of(arm(c, p), 'avg_at_k_after'))}, {mean(arm(c, p), 'length_after'):.0f} tokens"
                              for p in GAMMAS)] for c in GAMMAS])
+    discounts += "\nAccuracy by (discount, penalty's). " + ex.apart(
+        {f"({c}, {p})": of(arm(c, p), "avg_at_k_after") for c in GAMMAS for p in GAMMAS})
     accuracy, tokens = (lambda name: of(name, "avg_at_k_after")), (lambda name: of(name, "length_after"))
     repeated, too_long = (lambda name: last(name, "repeated")), (lambda name: last(name, "exceeded"))
     differences = [

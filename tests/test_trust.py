@@ -516,7 +516,7 @@ def test_a_file_named_stop_stops(tmp_path, monkeypatch, capsys):
 def test_a_small_disk_is_told_before_it_is_full(tmp_path, monkeypatch, capsys):
     """834,912 weights and two moments each, in float32: 9.55 MiB, three times; offloaded with masters, a third more: 12.74.
     Of adapters only they are written. Where two checkpoints are, one more must fit. Enough room: nothing is said."""
-    monkeypatch.setattr(common.run.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=10))
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=10))
     said = lambda: next((line for line in capsys.readouterr().out.splitlines() if line.startswith("note: a checkpoint")), "")
     run(grpo, "--steps", 2, output=tmp_path / "run")
     assert said().startswith("note: a checkpoint takes 9.6 MiB, 3 more must fit on the disk of")
@@ -526,7 +526,7 @@ def test_a_small_disk_is_told_before_it_is_full(tmp_path, monkeypatch, capsys):
     assert said().startswith("note: a checkpoint takes 12.7 MiB")
     run(grpo, "--steps", 1, "--lora-rank", 2, output=tmp_path / "adapters")
     assert float(said().split()[4]) < 1
-    monkeypatch.setattr(common.run.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=2**30))
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=2**30))
     run(grpo, "--steps", 1, output=tmp_path / "roomy")
     assert not said()
 

@@ -1,6 +1,6 @@
 """Is the memory plan right on a GPU? Real shapes and the real code on a pretended one (tests/card.py), every tensor counted.
 
-    python tests/benchmarks/card_memory.py                      # eight cases, four minutes on one core; nothing is computed
+    python tests/benchmarks/card_memory.py                      # eight cases, two minutes on two cores; nothing is computed
 
 Two steps of GRPO or PPO as the scripts make them, each of three phases: answers are sampled, as many at once as common/models.py lets;
 log-probs and backward, a micro-batch after the other; the update. Counted is what torch.cuda.max_memory_allocated() would say, but

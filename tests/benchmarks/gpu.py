@@ -1,6 +1,6 @@
 """On a GPU, at Qwen3-4B's shapes with random weights: is it right, how fast, how near to what the card can do, how much memory?
 
-    python tests/benchmarks/gpu.py                    # about nine minutes on an 80 GB card; prints Markdown
+    python tests/benchmarks/gpu.py                    # minutes on an 80 GB card (not run on one yet); prints Markdown
     python tests/benchmarks/gpu.py --toy              # the same code on anything, in seconds: numbers without meaning
 
 Correct: log-probs and entropies of a small model on the card, float32 and bfloat16, against float32 on the CPU, and the sampler's against
