@@ -1,16 +1,15 @@
 """BuPO: first train what an early block would say, then the whole model.
 
-Paper: Bottom-up Policy Optimization (arXiv 2512.19673; equation numbers of v3). Block l of a transformer has a policy of its own,
-softmax(H^l E^T): the residual stream after the block, read by the unembedding E without the final norm (eq. 5). For the
-first --internal-steps rollouts GRPO's loss is taken of that policy (eq. 9, "IPA"; v1 called it InterGRPO), then of the model
-itself (eq. 10). Answers always come from the whole model. In the first phase the blocks above l are not run in training and
-get no gradient, not even a zero one.
+Paper: Bottom-up Policy Optimization (arXiv 2512.19673; equation numbers of v3).
 Run:   python bupo.py                                  the embedded model learns arithmetic, a minute on a laptop
        python bupo.py --model Qwen/Qwen3-4B --data zwhe99/DeepMath-103K --layer 6 --internal-steps 30
 See:   a table of what each block does to the entropy, the layer chosen, then reward rising as in grpo.py. Watch entropy and
        length in the first phase: too long a one ruins the model (paper: 30 of 300 steps 58.5, 50 steps 42.1, 70 steps 9.9).
 
-This file is grpo.py with a layer: diff grpo.py bupo.py.
+Block l of a transformer has a policy of its own, softmax(H^l E^T): the residual stream after the block, read by the unembedding
+E without the final norm (eq. 5). For the first --internal-steps rollouts GRPO's loss is taken of that policy (eq. 9, "IPA"; v1
+called it InterGRPO), then of the model itself (eq. 10). Answers always come from the whole model. In the first phase the blocks
+above l are not run in training and get no gradient, not even a zero one. This file is grpo.py with a layer: diff grpo.py bupo.py.
 
 Deviations ledger: paper | the authors' code (a fork of verl) | here, and why
   which layer      | end of the exploration region: the last block whose FFN raises entropy; Qwen3-4B 6, OctoThinker-3B 27 |
@@ -28,9 +27,9 @@ Deviations ledger: paper | the authors' code (a fork of verl) | here, and why
   clip             | 0.2 both sides | and dual clip at 10, log-ratio held within 20 | as grpo.py: --dual-clip only if asked for
   updates a rollout| 16 | 4, each with its share of the prompts | --updates-per-rollout, 1: then ratio = 1 and nothing clips
   longest answer   | 7168 (table) or 8192 (text) | 8192 | --max-new-tokens, 2048 for larger models
-  rows of grpo.py that hold here too: group without signal, truncated answers, verifier
   KL to reference  | none | none | --kl-coef, off; in the first phase that of block l's policy to the initial model's block l
   also trained     | blocks 1..l and E | and the token embedding, the same tensor in tied models | as the code
+  rows of grpo.py that hold here too: group without signal, truncated answers, verifier
 """
 from dataclasses import dataclass
 

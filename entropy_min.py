@@ -1,9 +1,6 @@
 """One-shot entropy minimization: ten updates that make a model surer of its own answers to one problem. No label, no reward.
 
-Paper: One-shot Entropy Minimization (arXiv 2505.20282). Each step samples 64 answers to the same problem from the model as it is
-and lowers the mean entropy of the next-token distribution over the answers' tokens I:
-  H_t = -sum_v p_T(v | y_<t, x) log p_T(v | y_<t, x),   L = mean of H_t over t in I,   p_T = softmax(logits / T)
-There is no gradient through the sampling, and the gradient of H_t by logit v is -p_v (log p_v + H_t) / T.
+Paper: One-shot Entropy Minimization (arXiv 2505.20282).
 Run:   python entropy_min.py                           a quarter of a minute on a laptop
        python entropy_min.py --model Qwen/Qwen2.5-Math-7B --data problems.jsonl --select 100
        python grpo.py --model runs/entropy_min         reinforcement learning after it
@@ -11,6 +8,12 @@ Run:   python entropy_min.py                           a quarter of a minute on 
 See:   entropy falls at once; accuracy at temperature 1 rises for ten to fifteen updates (one seed in eight is ruined), then goes
        down. At double the learning rate it ends below its start: try --lr 6e-4. Nothing in the loss knows right from wrong.
 
+Each step samples 64 answers to the same problem from the model as it is and lowers the mean entropy of the next token over the
+answers' tokens I:
+
+    H_t = -sum_v p_T(v | y_<t, x) log p_T(v | y_<t, x),   L = mean of H_t over t in I,   p_T = softmax(logits / T)
+
+There is no gradient through the sampling, and the gradient of H_t by logit v is -p_v (log p_v + H_t) / T.
 This file keeps the order of grpo.py, without rewards: diff grpo.py entropy_min.py.
 
 Deviations ledger: paper | the authors' code | here, and why

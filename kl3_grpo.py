@@ -1,21 +1,23 @@
 """ATR-GRPO: GRPO whose clip is set by a measure of policy divergence, KL3 by default, instead of by the ratio.
 
-Paper: A Unified Framework for Rethinking Policy Divergence Measures in GRPO (arXiv 2602.05494). All clips are one gate: with
-w = p / p_old of a sampled token and C(w) "the measure is at most delta", the gradient of a token is cut if and only if C is false
-*and* the update would push w further out, (w - 1) A > 0: hard, one-sided, sign-aware. ATR-GRPO takes KL3(w) = w - 1 - log w.
-Its window, in five lines:
-  KL3 is convex with its minimum 0 at w = 1, so {KL3 <= delta} is an interval [l, u] around 1;
-  its ends solve w - log w = 1 + delta, that is (-w) exp(-w) = -exp(-(1 + delta)),
-  so l = -W_0(-exp(-(1 + delta))) and u = -W_-1(-exp(-(1 + delta))), the two branches of Lambert's W;
-  with h = sqrt(2 delta): u = 1 + h + h^2/3 + h^3/36 - ..., and l is the same with -h;
-  so next to 1 +- h both ends move up by about 2 delta / 3: at delta = 0.02 [0.813, 1.214] instead of [0.8, 1.2].
-Said plainly: a threshold on KL3 per token is a one-parameter choice of the two clip bounds. That KL3 averages to KL(old || new)
-plays no part in a gate, and a gate on sampled tokens does not bound that KL.
+Paper: A Unified Framework for Rethinking Policy Divergence Measures in GRPO (arXiv 2602.05494).
 Run:   python kl3_grpo.py                              a minute on a laptop; 4 updates a rollout, with 1 every gate is the same
        python kl3_grpo.py --measure ratio --delta 0.02 symmetric clip of the same width; --clip-low 0.2 --clip-high 0.28 is DAPO's
 See:   reward as in grpo.py; clip_up and clip_down, the shares of tokens cut for A > 0 and A < 0, and the mean of KL3.
 
-This file is grpo.py with another gate: diff grpo.py kl3_grpo.py.
+All clips are one gate: with w = p / p_old of a sampled token and C(w) "the measure is at most delta", its gradient is cut if and
+only if C is false *and* the update would push w further out, (w - 1) A > 0: hard, one-sided, sign-aware. ATR-GRPO takes
+KL3(w) = w - 1 - log w. Its window, in five lines:
+
+    KL3 is convex with its minimum 0 at w = 1, so {KL3 <= delta} is an interval [l, u] around 1;
+    its ends solve w - log w = 1 + delta, that is (-w) exp(-w) = -exp(-(1 + delta)),
+    so l = -W_0(-exp(-(1 + delta))) and u = -W_-1(-exp(-(1 + delta))), the two branches of Lambert's W;
+    with h = sqrt(2 delta): u = 1 + h + h^2/3 + h^3/36 - ..., and l is the same with -h;
+    so next to 1 +- h both ends move up by about 2 delta / 3: at delta = 0.02 [0.813, 1.214] instead of [0.8, 1.2].
+
+Said plainly: a threshold on KL3 per token is a one-parameter choice of the two clip bounds. That KL3 averages to KL(old || new)
+plays no part in a gate, and a gate on sampled tokens does not bound that KL. This file is grpo.py with another gate: diff grpo.py
+kl3_grpo.py.
 
 Deviations ledger: what we know of the paper | here, and why. We had its abstract and others' summaries, not its body, its tables
 or its code (none was found); nothing below that is marked unknown should be taken for the paper's.

@@ -1,13 +1,13 @@
 """PPO with a critic: a reward for right answers of the right length, a penalty for saying things twice, a discount for each.
 
-Paper: Demystifying Long Chain-of-Thought (arXiv 2502.03373, "§"), whose RL this is; PPO is arXiv 1707.06347. Every token has its
-own advantage: what followed it, discounted, minus V(s_t), what the critic had expected before the token was drawn.
+Paper: Demystifying Long Chain-of-Thought (arXiv 2502.03373, "§"), whose RL this is; PPO is arXiv 1707.06347.
 Run:   python ppo.py                                   the embedded model learns arithmetic, two minutes on a laptop
        python ppo.py --model Qwen/Qwen2.5-Math-7B --data zwhe99/DeepMath-103K --reward cosine
        python ppo.py --reward classic --penalty 0 --kl-coef 0 --aggregation token --value-clip 0.5 --dual-clip 10    as BuPO's PPO
 See:   reward (share of right answers) rises as in grpo.py, score (what is trained on) with it; explained_variance (1: the critic
        knows every return, 0: only their mean) stays near 0 in a run as short as the embedded model's; exceeded stays low.
 
+Every token has its own advantage: what followed it, discounted, minus V(s_t), what the critic had expected before it was drawn.
 This file is grpo.py with a critic in place of the group: diff grpo.py ppo.py. Longest of all: rewards, returns, values by token.
 
 Deviations ledger: paper | the authors' code (a fork of OpenRLHF) | here, and why

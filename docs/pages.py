@@ -26,7 +26,8 @@ header p { max-width: 900px; }
 pre, code { font: 12px/1.55 'DejaVu Sans Mono', Menlo, Consolas, monospace; }
 table { border-collapse: collapse; font-size: 13.5px; line-height: 1.4; }
 th, td { border-bottom: 1px solid #ddd; padding: 5px 12px 5px 0; text-align: left; vertical-align: top; }
-td:first-child { white-space: nowrap; font-style: italic; }
+td:first-child { font-style: italic; }
+header pre { overflow-x: auto; }
 .section { display: grid; grid-template-columns: minmax(260px, 25%) 1fr; border-top: 1px solid #eee; }
 .docs { padding: 8px 18px 8px 28px; font-size: 14.5px; overflow-wrap: break-word; }
 .docs pre { white-space: pre-wrap; background: #eef3f8; padding: 6px 8px; margin: 6px 0; }
@@ -54,7 +55,8 @@ def ledger(lines: list[str]) -> str:
     head, note = cells(re.sub(r"\. .*", "", head, flags=re.S)), re.search(r"\. (.*)", head, re.S)
     head = [""] * (len(body[0]) - len(head)) + head
     row = lambda kind, values: "<tr>" + "".join(f"<{kind}>{value}</{kind}>" for value in values) + "</tr>"
-    table = "<table>" + row("th", head) + "".join(row("td", values) for values in body) + "</table>"
+    remark = lambda text: f'<tr><td colspan="{len(head)}">{text}</td></tr>'
+    table = "<table>" + row("th", head) + "".join(row("td", c) if len(c) > 1 else remark(c[0]) for c in body) + "</table>"
     return f"<h3>Deviations</h3>{f'<p>{html.escape(note[1])}</p>' if note else ''}{table}"
 
 
