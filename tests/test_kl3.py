@@ -141,6 +141,19 @@ def test_exact_kl(chunk):
         assert got[b, :k].tolist() == pytest.approx((p.exp() * (p - q)).sum(-1).tolist(), abs=1e-5) and (got[b, k:] == 0).all()
 
 
+@pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_exact_kl_to_the_weights_as_they_were(dtype, close):
+    """The old unembedding is a copy: the model goes on training in place. Doubled, the new logits are twice the old ones."""
+    model, rollout = random_model("qwen3").to(dtype), rollout_of([[5, 6], [7, 8, 9]], torch.tensor([3, 1]), T=3)
+    old = answer_states(model, rollout)
+    ids = torch.tensor([rollout.prompts[0] + rollout.tokens[0].tolist()])
+    logits = model(ids).logits[0, 1:-1].float()                                         # (3, V)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    p, q = logits.log_softmax(-1), (2 * logits).log_softmax(-1)
+    assert exact_kl(model, *old, rollout)[0].tolist() == pytest.approx((p.exp() * (p - q)).sum(-1).tolist(), rel=close, abs=1e-5)
+
+
 def test_kl_estimators_by_enumeration():
     """Samples of p_old, d = log(p_new / p_old), over a vocabulary of five: k1 = -d and k3 = e^d - 1 - d have the mean KL(old || new)
     exactly, k2 = d^2/2 does not; k3's variance is the smallest of the unbiased two. Expected values by full sums."""

@@ -6,6 +6,7 @@ import torch
 from conftest import random_model, rollout_of
 
 import grpo
+from common import logprobs
 from common.logprobs import micro_batches, response_logprobs, score, token_logprobs
 from common.optim import MasterAdamW
 
@@ -46,6 +47,33 @@ def test_chunks_change_nothing():
     for other in results[1:]:
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(results[0], other))
     assert not token_logprobs(h, w, targets)[1].requires_grad
+
+
+def test_float32_inside_a_chunk():
+    """Two equal logits of 32 over one of 0, in bfloat16: log-prob -ln 2 = -0.693147, which bfloat16 would round to -0.6914 or worse."""
+    hidden, weight = torch.tensor([[32.0]]).bfloat16(), torch.tensor([[1.0], [1.0], [0.0]]).bfloat16()
+    logp, entropy = token_logprobs(hidden, weight, torch.tensor([1]))
+    assert logp.dtype == entropy.dtype == torch.float32
+    assert logp.item() == pytest.approx(-math.log(2), abs=1e-5) and entropy.item() == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_size_of_a_chunk(monkeypatch):
+    """At most 2^26 logits at once: with V = 2^24 four tokens, so 11 are 4 + 4 + 3; with V = 2^27 one at a time."""
+    sizes = []
+    monkeypatch.setattr(logprobs, "_chunk_logprobs", lambda h, w, y, *_: sizes.append(len(y)) or (y.float(), y.float()))
+    for V in (1 << 24, 1 << 27):
+        token_logprobs(torch.zeros(11, 1), torch.zeros(1, 1).expand(V, 1), torch.arange(11))
+    assert sizes == [4, 4, 3] + [1] * 11
+
+
+@pytest.mark.parametrize("chunk, times", [(4, 1), (2, 4), (3, 4)])
+def test_a_single_chunk_is_not_computed_twice(chunk, times, monkeypatch):
+    """Four tokens: one chunk of four is computed once, two chunks twice each: forward, and again in the backward pass."""
+    original, calls = logprobs._chunk_logprobs, []
+    monkeypatch.setattr(logprobs, "_chunk_logprobs", lambda *args: calls.append(1) or original(*args))
+    hidden = torch.randn(4, 3, requires_grad=True)
+    token_logprobs(hidden, torch.randn(5, 3), torch.arange(4), chunk=chunk)[0].sum().backward()
+    assert len(calls) == times
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen2", "llama"])
@@ -95,6 +123,25 @@ def test_micro_batches_keep_to_the_budget():
     parts = micro_batches(torch.arange(4), rollout_of(PROMPTS, LENGTHS), 14)
     assert sorted(map(sorted, (part.tolist() for part in parts))) == [[0, 1], [2, 3]]
     assert [part.tolist() for part in micro_batches(torch.tensor([], dtype=torch.long), rollout_of(PROMPTS, LENGTHS), 14)] == []
+
+
+def test_the_longest_row_fills_the_budget_first():
+    """Rows of 4, 9, 3, 9 tokens, budget 18: 9 + 9 first, so that memory runs out at once if it does, then 4 + 3; never 3 + 9 + 9."""
+    rollout = rollout_of([[5] * 3, [5] * 3, [5] * 2, [5] * 3], torch.tensor([1, 6, 1, 6]))
+    assert [part.tolist() for part in micro_batches(torch.arange(4), rollout, 18)] == [[1, 3], [0, 2]]
+
+
+@pytest.mark.parametrize("useful, elsewhere, parts", [
+    ([1, 1, 1, 1], 4, [[0], [2], [1], [3]]),    # two parts of two; another rank has four: each gives up its second row
+    ([1, 1, 1, 1], 3, [[0], [2, 3], [1]]),
+    ([0, 1, 0, 0], 3, [[1], [3], [2]]),         # nothing to split: rows without a gradient, last first
+    ([0, 0, 0, 0], 1, [[3]]),                   # no part at all here, one elsewhere
+])
+def test_ranks_make_equally_many_micro_batches(useful, elsewhere, parts, monkeypatch):
+    """Rows of 7, 7, 6, 5 tokens, budget 14: [0, 1], [2, 3] if all are useful."""
+    monkeypatch.setattr(logprobs, "everyone", lambda count: [count, elsewhere])
+    got = micro_batches(torch.arange(4), rollout_of(PROMPTS, LENGTHS), 14, torch.tensor(useful).bool())
+    assert [part.tolist() for part in got] == parts
 
 
 def test_the_stop_token_is_trained():
