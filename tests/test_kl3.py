@@ -89,6 +89,32 @@ def test_gate_by_hand(measure, A, w):
     assert metrics["kl3"] == pytest.approx(w - 1 - math.log(w), abs=1e-6)
 
 
+@pytest.mark.parametrize("predicate, A, loss, up, down", [
+    (False, 1.0, -2.7 / 3, 1 / 3, 0), (False, -1.0, 3.3 / 3, 0, 1 / 3), (False, 0.0, 0, 0, 0),
+    (True, 1.0, -2.5 / 3, 1 / 3, 0), (True, -1.0, 3.5 / 3, 0, 1 / 3), (True, 0.0, 0, 0, 0)])
+def test_means_over_the_mask_by_hand(predicate, A, loss, up, down):
+    """Ratios 1.5, 0.5, 1 and, outside the mask, e^50; old log-prob -1; the window is 1 +- 0.2, or the predicate KL3 <= 0.02.
+
+    A = 1: min(w A, clip(w) A) = 1.2, 0.5, 1, and with value 1 outside 1, 0.5, 1. A = -1: -1.5, -0.8, -1, and -1.5, -1, -1.
+    Mean KL3: (0.5 - ln 1.5 + ln 2 - 0.5 + 0) / 3 = ln(4/3) / 3.
+    """
+    d, mask = torch.tensor([[math.log(1.5), math.log(0.5), 0.0, 50.0]]), torch.tensor([[1.0, 1, 1, 0]])
+    logp = (d - 1).requires_grad_()
+    got, metrics = atr_grpo_loss(logp, d * 0 - 1, torch.tensor([A]), mask, 0.02, "ratio", divergence=kl3(d) if predicate else None)
+    got.backward()
+    assert got.item() == pytest.approx(loss, abs=1e-6) and logp.grad[0, 3] == 0
+    assert metrics == pytest.approx({"clip_up": up, "clip_down": down, "kl3": math.log(4 / 3) / 3, "ratio_max": 1.5}, abs=1e-6)
+
+
+def test_defaults_and_edges_of_the_loss():
+    """delta 0.02: 1.213 is inside [0.8131, 1.2135], 1.214 is not. Nothing in the mask: 0. A log-ratio of 1000 counts as 20."""
+    for w, cut in ((1.213, 0), (1.214, 1)):
+        assert atr_grpo_loss(torch.tensor([[math.log(w)]]), torch.zeros(1, 1), torch.ones(1), torch.ones(1, 1))[1]["clip_up"] == cut
+    assert atr_grpo_loss(torch.ones(1, 2), torch.zeros(1, 2), torch.ones(1), torch.zeros(1, 2))[0] == 0
+    loss, metrics = atr_grpo_loss(torch.tensor([[1000.0]]), torch.zeros(1, 1), -torch.ones(1), torch.ones(1, 1))
+    assert loss.item() == pytest.approx(485165195.4, rel=1e-6) == metrics["ratio_max"]
+
+
 def test_projection_and_predicate_have_equal_gradients():
     """Random tokens: the clamp to [l, u] and the gate KL3 <= delta with value 1 outside differ in value, not in gradient."""
     generator = torch.Generator().manual_seed(0)
