@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from conftest import byte_level_tokenizer, random_model, rollout_of
+from conftest import random_model, rollout_of
 from safetensors.torch import load_file
 
 import entropy_min
 from common.internal_policy import layer_logits
-from common.sampling import join, sample
+from common.sampling import join
 from entropy_min import accuracy_variance, answer_entropies, entropy_loss
 
 SMALL = "--group-size 8 --max-new-tokens 40 --eval-problems 0".split()
@@ -62,19 +62,6 @@ def test_which_positions_are_read(offset):
             place[b, len(prompt) - 1 + t + offset] = 1
             assert got[b, t].item() == pytest.approx(entropy_loss(logits, place).item(), abs=1e-5)
         assert (got[b, k:] == 0).all()
-
-
-def test_repetition_penalty():
-    """A huge penalty forbids every token of the prompt and every repeat; penalty 1 changes nothing; logp stays the model's own."""
-    model, tokenizer = random_model("llama", vocab_size=300), byte_level_tokenizer()
-    free = sample(model, tokenizer, [[5, 6, 7]], 8, 30, temperature=0.2, seed=0)
-    bound = sample(model, tokenizer, [[5, 6, 7]], 8, 30, temperature=0.2, seed=0, repetition_penalty=1e6)
-    repeats = lambda r: sum(k - len(set(row[:k])) for row, k in zip(r.tokens.tolist(), r.lengths.tolist()))
-    assert repeats(free) > 0 and repeats(bound) == 0 and not set(bound.tokens[bound.mask > 0].tolist()) & {5, 6, 7}
-    again = sample(model, tokenizer, [[5, 6, 7]], 8, 30, temperature=0.2, seed=0, repetition_penalty=1.0)
-    assert torch.equal(free.tokens, again.tokens)
-    from common.logprobs import response_logprobs
-    assert (response_logprobs(model, bound, 0.2)[0] - bound.logp).abs().max() < 1e-3
 
 
 def test_variance_by_hand():

@@ -21,7 +21,7 @@ from transformers import (
 from common.errors import BadInput
 from common.logprobs import response_logprobs
 from common.models import grouped_sdpa, refuse_foreign
-from common.sampling import join, keep_top_p, pick, sample
+from common.sampling import distributions, join, keep_top_p, pick, sample
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [14]]  # of different lengths: the sampler pads them on the right
 
@@ -222,11 +222,55 @@ def test_pick():
         assert pick(torch.full((1, 3), torch.nan), torch.zeros(1, dtype=dtype)).tolist() == [2]
 
 
+def test_pick_sums_in_the_dtype_of_u():
+    """Weights 1 and 2^-30: in float32 they sum to 1 and the second could never be drawn; in float64 it is, by u = 1 - 2^-32."""
+    assert pick(torch.tensor([[1.0, 2**-30]]), torch.tensor([1 - 2**-32], dtype=torch.float64)).tolist() == [1]
+
+
+def test_repetition_penalty_in_the_loop(tokenizer):
+    """A huge penalty forbids every token of the prompt and every repeat; a penalty of 1 changes nothing; logp stays the model's own."""
+    model = random_model("llama", vocab_size=len(tokenizer))
+    free, once, bound = (sample(model, tokenizer, PROMPTS, 4, 30, 0.2, repetition_penalty=x) for x in (1.0, 1 + 1e-12, 1e6))
+    twice = lambda r: [len(p) + k - len({*p, *row[:k]}) for p, row, k in zip(r.prompts, r.tokens.tolist(), r.lengths.tolist())]
+    assert max(twice(free)) > 0 == max(twice(bound)) and torch.equal(free.tokens, once.tokens)
+    assert (response_logprobs(model, bound, 0.2)[0] - bound.logp).abs().max() < 1e-3
+
+
+def test_float32_from_a_bfloat16_model(tokenizer):
+    """Log-probs and entropies have digits that bfloat16 has not, and are the trainer's but for what rounding in the blocks makes."""
+    model = random_model("qwen3", vocab_size=len(tokenizer)).bfloat16()
+    rollout = sample(model, tokenizer, PROMPTS, 4, 20, seed=1)
+    logp, entropy = response_logprobs(model, rollout)
+    for ours, theirs in ((rollout.logp, logp), (rollout.entropy, entropy)):
+        assert ours.dtype == torch.float32 and (ours.bfloat16().float() != ours)[rollout.mask > 0].float().mean() > 0.9
+        assert (ours - theirs).abs().mean() < 0.05
+
+
+def test_a_training_model_is_sampled_as_it_is_evaluated(tokenizer):
+    """No dropout, and no checkpointing, which would switch the cache off; afterwards it is in training again."""
+    model, modes = random_model("llama", vocab_size=len(tokenizer)).train(), []
+    model.model.register_forward_pre_hook(lambda module, args: modes.append(module.training))
+    rollout = sample(model, tokenizer, PROMPTS[:1], 1, 1)
+    assert rollout.tokens.shape == (1, 1) and modes == [False] and model.training and model.model.training
+
+
 def test_top_p():
     """Probabilities .5 .3 .15 .05: top_p .6 keeps .5 and .3 (the one that crosses .6); top_p .4 keeps the first alone; 1 keeps all."""
     logp = torch.tensor([[0.15, 0.5, 0.05, 0.3]]).log()
     for top_p, kept in ((0.6, [False, True, False, True]), (0.4, [False, True, False, False]), (0.99, [True] * 4)):
         assert keep_top_p(logp, top_p).isfinite()[0].tolist() == kept
+    assert keep_top_p(torch.tensor([[0.25, 0.5, 0.25]]).log(), 0.5).isfinite()[0].tolist() == [False, True, False]  # one half is reached
+
+
+def test_distributions_by_hand():
+    """Logits 2, 1/2, -1, 0, temperature 1/2, penalty 2 on the first three: 1, 1/4, -2, 0 before the division. The log-probs that are
+    kept stay the model's: softmax of 4, 1, -2, 0; those that are drawn from are softmax of 2, 1/2, -4, 0. Temperature 0 divides by 1."""
+    scores, said = torch.tensor([[2, 0.5, -1, 0]]), torch.tensor([[True, True, True, False]])
+    normed = lambda *x: [v - math.log(sum(map(math.exp, x))) for v in x]
+    full, drawn = distributions(scores, 0.5, 1.0, 2.0, said)
+    assert full[0].tolist() == pytest.approx(normed(4, 1, -2, 0)) and drawn[0].tolist() == pytest.approx(normed(2, 0.5, -4, 0))
+    full, drawn = distributions(scores, 0.0, 0.5, 1.0, said)
+    assert full[0].tolist() == pytest.approx(normed(2, 0.5, -1, 0)) and drawn[0].isfinite().tolist() == [True, False, False, False]
 
 
 def test_join():
@@ -236,7 +280,8 @@ def test_join():
     assert predicts.int().tolist() == [[0, 1, 1, 0], [1, 0, 0, 0]]
 
 
-@pytest.mark.parametrize("bad", [dict(prompts=[]), dict(prompts=[[]]), dict(n=0), dict(max_new_tokens=0), dict(temperature=-1), dict(top_p=0)])
+@pytest.mark.parametrize("bad", [dict(prompts=[]), dict(prompts=[[5], []]), dict(n=0), dict(max_new_tokens=0), dict(temperature=-1),
+                                 dict(top_p=0), dict(top_p=1.1), dict(repetition_penalty=0)])
 def test_bad_arguments(bad, tokenizer):
     arguments = dict(prompts=PROMPTS, n=1, max_new_tokens=1) | bad
     with pytest.raises(ValueError):

@@ -25,8 +25,8 @@ import time
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 TESTS = {"grpo.py": "losses logprobs kl3 scripts", "bupo.py": "losses internal_policy scripts", "kl3_grpo.py": "kl3",
-         "entropy_min.py": "entropy_min", "long_cot_sft.py": "long_cot", "ppo.py": "ppo", "common/sampling.py": "sampling",
-         "common/logprobs.py": "logprobs kl3", "common/internal_policy.py": "internal_policy internal_view",
+         "entropy_min.py": "entropy_min", "long_cot_sft.py": "long_cot", "ppo.py": "ppo", "common/sampling.py": "sampling logprobs card",
+         "common/logprobs.py": "logprobs kl3 card", "common/internal_policy.py": "internal_policy internal_view",
          "common/optim.py": "logprobs scripts ppo", "common/distributed.py": "distributed", "common/verify.py": "verify"}
 SWAPS = {ast.Add: ("+", "-"), ast.Sub: ("-", "+"), ast.Mult: ("*", "/"), ast.Div: ("/", "*"), ast.FloorDiv: ("//", "*"),
          ast.Mod: ("%", "//"), ast.Pow: ("**", "*"), ast.BitAnd: ("&", "|"), ast.BitOr: ("|", "&"), ast.And: ("and", "or"),
