@@ -1,25 +1,30 @@
-"""The losses of grpo.py and bupo.py against values worked out by hand, in the docstrings."""
+"""The losses of grpo.py, bupo.py and ppo.py against values worked out by hand, in the docstrings."""
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import bupo
 import grpo
+import ppo
 
+per_token = SimpleNamespace(token_denominator=ppo.token_denominator, grpo_loss=lambda logp, old_logp, advantages, *args, **kwargs: (
+    ppo.ppo_loss(logp, old_logp, advantages[:, None].expand_as(logp), *args, **kwargs)))  # one advantage for all tokens of an answer
+clipped = pytest.mark.parametrize("module", [grpo, bupo, per_token], ids=["grpo", "bupo", "ppo"])
 both = pytest.mark.parametrize("module", [grpo, bupo], ids=["grpo", "bupo"])
 
 
 def loss_and_gradient(module, ratio, advantage, **kwargs):
-    """The loss of one token with the given ratio, and its derivative by the token's log-prob."""
-    logp = torch.tensor([[math.log(ratio)]], requires_grad=True)
-    loss, metrics = module.grpo_loss(logp, torch.zeros(1, 1), torch.tensor([advantage]), torch.ones(1, 1), **kwargs)
+    """The loss of one token with the given ratio (old log-prob -1), and its derivative by the token's log-prob."""
+    logp = torch.tensor([[math.log(ratio) - 1]], requires_grad=True)
+    loss, metrics = module.grpo_loss(logp, -torch.ones(1, 1), torch.tensor([advantage]), torch.ones(1, 1), **kwargs)
     loss.backward()
     return loss.item(), logp.grad.item(), metrics["clip_fraction"]
 
 
-@both
-@pytest.mark.parametrize("ratio, advantage, kwargs, loss, gradient, clipped", [
+@clipped
+@pytest.mark.parametrize("ratio, advantage, kwargs, loss, gradient, cut", [
     # inside the window min(rA, clip(r)A) = rA; loss -rA; d r / d logp = r, so the gradient is -rA
     (1.0, 2.0, {}, -2.0, -2.0, 0),
     (1.1, 2.0, {}, -2.2, -2.2, 0),
@@ -44,12 +49,12 @@ def loss_and_gradient(module, ratio, advantage, **kwargs):
     # the advantage is 0: nothing
     (1.5, 0.0, {}, 0.0, 0.0, 0),
 ])
-def test_every_branch_of_the_clip(module, ratio, advantage, kwargs, loss, gradient, clipped):
+def test_every_branch_of_the_clip(module, ratio, advantage, kwargs, loss, gradient, cut):
     got = loss_and_gradient(module, ratio, advantage, **kwargs)
-    assert got == pytest.approx((loss, gradient, clipped), abs=1e-6)
+    assert got == pytest.approx((loss, gradient, cut), abs=1e-6)
 
 
-@both
+@clipped
 def test_log_ratio_is_held_within_20(module):
     """logp - old = 1000 would be e^1000 = inf; with A < 0 the loss is -A e^20 = 485,165,195.4 and there is no gradient."""
     logp = torch.tensor([[1000.0]], requires_grad=True)
@@ -58,7 +63,7 @@ def test_log_ratio_is_held_within_20(module):
     assert loss.item() == pytest.approx(485165195.4, rel=1e-6) and logp.grad.item() == 0
 
 
-@both
+@clipped
 def test_aggregation(module):
     """Two answers of 4 and 1 tokens with losses 1 and 5 (advantages -1 and -5, ratio 1), longest answer 4.
 
@@ -72,13 +77,13 @@ def test_aggregation(module):
     assert module.grpo_loss(logp, logp, advantages, mask)[0].item() == pytest.approx(1.8)
 
 
-@both
+@clipped
 def test_loss_of_nothing_is_zero(module):
     """No token in the mask: 0, not 0 / 0."""
     assert module.grpo_loss(torch.zeros(1, 3), torch.zeros(1, 3), torch.ones(1), torch.zeros(1, 3))[0].item() == 0
 
 
-@both
+@clipped
 def test_masked_positions_do_not_matter(module):
     """What stands outside the mask changes neither loss nor gradient."""
     generator = torch.Generator().manual_seed(0)

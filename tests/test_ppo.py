@@ -163,11 +163,12 @@ def test_gae_stops_at_the_end():
 
 def test_advantages_and_returns():
     """Two discounts: the returns above less the values. One for both: the rewards add up to (-1, 0, -1) and (1, 3); γ = 1, λ = 0 and
-    V = (1, 2, 3 | 1, 2) give δ = (-1 + 2 - 1, 3 - 2, -1 - 3 | 1 + 2 - 1, 3 - 2)."""
+    V = (1, 2, 3 | 1, 2) give δ = (-1 + 2 - 1, 3 - 2, -1 - 3 | 1 + 2 - 1, 3 - 2); λ = 1: what follows, (-2, -1, -1 | 4, 3), less V."""
     values = torch.tensor([[1., 2, 3], [1, 2, 99]])
     advantages, returns = advantages_and_returns(TWO, torch.tensor([0.5, 1.0]), values, MASK)
     assert near(returns, -2.75, -1.5, -1, 3, 3, 0) and near(advantages, -3.75, -3.5, -4, 2, 1, 0)
     assert near(advantages_and_returns(TWO, torch.tensor([1.0, 1.0]), values, MASK, lam=0.0)[0], 0, 1, -4, 2, 1, 0)
+    assert near(advantages_and_returns(TWO, torch.tensor([1.0, 1.0]), values, MASK)[0], -3, -3, -4, 3, 1, 0)
 
 
 def test_whiten():
@@ -175,6 +176,12 @@ def test_whiten():
     found = whiten(torch.tensor([[1., 3, 5], [7, 100, 100]]), torch.tensor([[1., 1, 1], [1, 0, 0]]))
     assert near(found, -3 / 5 ** 0.5, -1 / 5 ** 0.5, 1 / 5 ** 0.5, 3 / 5 ** 0.5, 0, 0)
     assert near(whiten(row(4, 4, 9), row(1, 1, 0)), 0, 0, 0)
+
+
+def test_nothing_in_the_mask_is_nothing():
+    """No token at all on any rank: 0, not 0 / 0."""
+    x, none = row(1, 2), row(0, 0)
+    assert near(whiten(x, none), 0, 0) and value_loss(x, x * 0, x * 3, none) == 0 and explained_variance(x, x * 2, none) == 0
 
 
 # losses

@@ -21,7 +21,7 @@ from transformers import (
 from common.errors import BadInput
 from common.logprobs import response_logprobs
 from common.models import grouped_sdpa, refuse_foreign
-from common.sampling import distributions, join, keep_top_p, pick, sample
+from common.sampling import distributions, join, keep_top_p, pick, sample, sample_texts
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [14]]  # of different lengths: the sampler pads them on the right
 
@@ -210,6 +210,20 @@ def test_same_seed_same_answers_and_bounded_rows(tokenizer):
     for max_rows in (4, 1):  # groups of five cut into pieces of four rows, and every row alone
         pieces = sample(model, tokenizer, PROMPTS, 5, 20, seed=7, max_rows=max_rows)
         assert torch.equal(pieces.tokens, first.tokens) and pieces.prompts == first.prompts
+
+
+def test_prompts_split_over_ranks_get_the_answers_of_one_process(tokenizer, monkeypatch):
+    """Three prompts, two ranks: rank 0 has the first and third, rank 1 the second and, to make two, the third again, left out in the end."""
+    model, said = random_model("qwen3", vocab_size=len(tokenizer)), {}
+    whole = sample_texts(model, tokenizer, PROMPTS, 2, 12, seed=4)
+    plain = sample(model, tokenizer, PROMPTS, 2, 12, seed=4)
+    assert whole == list(zip(plain.texts, plain.lengths.tolist(), plain.finished.tolist()))
+    for r in (0, 1, 0):  # the first rank once more, when both have spoken
+        for name, stand_in in dict(size=lambda: 2, rank=lambda r=r: r, share=lambda rows, r=r: rows[r::2],
+                                   everyone=lambda mine, r=r: said.update({r: mine}) or [said[0], said.get(1, mine)]).items():
+            monkeypatch.setattr(f"common.sampling.{name}", stand_in)
+        together = sample_texts(model, tokenizer, PROMPTS, 2, 12, seed=4)
+    assert [len(said[r]) for r in (0, 1)] == [4, 4] and together == whole
 
 
 def test_pick():
