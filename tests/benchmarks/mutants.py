@@ -167,7 +167,7 @@ def main():
                             ignore=shutil.ignore_patterns(".git", ".*venv", "runs", "docs", "__pycache__", ".ruff_cache"))
             trees.put(tree)
         for name in args.files:
-            text, tests, started = (ROOT / name).read_text(), [f"tests/test_{part}.py" for part in TESTS[name].split()], time.time()
+            text, tests, started = (ROOT / name).read_text(), [f"tests/test_{part}.py" for part in f"{TESTS[name]} names".split()], time.time()
             if not judge(name, text, (), tests, 1e9, trees):
                 raise SystemExit(f"{name}: its tests fail as it is")
             limit, line = 4 * (time.time() - started) + 30, lambda change, text=text: text.count("\n", 0, change[0]) + 1
