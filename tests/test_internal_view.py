@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import byte_level_tokenizer, random_model
+from conftest import byte_level_tokenizer, random_model, rollout_of
 from torch import nn
 
 from common import internal_policy as ip
@@ -156,6 +156,43 @@ def test_other_architectures_work_or_are_refused(kind, extra, taken):
     assert not any(m._forward_hooks for m in model.modules())
 
 
+@pytest.mark.parametrize("reads, scale, taken", [("middle", 1.0, True), ("start", 1.0, False), ("middle", 0.5, False)])
+def test_one_difference_is_enough_to_be_refused(reads, scale, taken):
+    """A block whose FFN reads what attention read, beside it, adds up all the same; one that adds half of it reads what it should."""
+    model = random_model("llama", layers=1)
+    block = model.model.layers[0]
+
+    def forward(h, **kwargs):
+        middle = h + block.self_attn(block.input_layernorm(h), **kwargs)[0]
+        return middle + scale * block.mlp(block.post_attention_layernorm(h if reads == "start" else middle))
+    block.forward = forward
+    if taken:
+        assert ip.internal_view(model, IDS, None, MASK)["entropy"]["layer_out"].isfinite().all()
+    else:
+        with pytest.raises(BadInput, match="do not just add"):
+            ip.internal_view(model, IDS, None, MASK)
+
+
+def test_padding_on_the_left_changes_nothing():
+    """Positions are relative (RoPE), so two hidden tokens before every row leave all it holds as it was."""
+    model, two = random_model("qwen3"), IDS[:, :2]
+    plain = ip.internal_view(model, IDS, None, MASK)
+    attention = torch.cat([two * 0, IDS * 0 + 1], 1)
+    padded = ip.internal_view(model, torch.cat([two, IDS], 1), attention, torch.cat([two * 0, MASK], 1))
+    for quantity, streams in plain.items():
+        for name, values in streams.items():
+            assert padded[quantity][name].tolist() == pytest.approx(values.tolist(), rel=1e-3, abs=1e-4), (quantity, name)
+
+
+def test_size_of_a_chunk():
+    """At most 2^24 logits at once: were V 2^23, the five tokens would be read two at a time."""
+    model, rows = random_model("qwen3"), []
+    model.lm_head.register_forward_hook(lambda _m, args, _o: rows.append(args[0].numel() // 32))
+    model.config.vocab_size = 1 << 23
+    ip.internal_entropies(model, IDS, None, MASK)
+    assert max(rows) == 2 and sum(rows) == 5 * (5 * 4 + 1)
+
+
 def test_bfloat16_blocks_are_not_refused():
     ip.internal_view(random_model("qwen3").bfloat16(), IDS, None, MASK)
 
@@ -170,6 +207,16 @@ def test_samples_follow_softmax_of_the_layer(tokenizer):
     often = expected >= 20
     chi2, freedom = ((counts - expected)[often] ** 2 / expected[often]).sum(), often.sum() - 1
     assert freedom > 20 and abs(chi2 - freedom) < 5 * (2 * freedom) ** 0.5
+
+
+def test_rollouts_are_read_within_the_budget():
+    """Answers of 6, 3, 2 and 1 tokens to prompts of 2: at most 8 tokens a row, so with a budget of 17 two rows a forward pass."""
+    model, shapes = random_model("qwen3"), []
+    rollout = rollout_of([[5, 6]] * 4, torch.tensor([6, 3, 2, 1]))
+    model.model.register_forward_pre_hook(lambda _m, _a, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
+    ip.rollout_entropies(model, rollout, 17)
+    ip.rollout_entropies(model, rollout, 1)
+    assert shapes == [(2, 8), (2, 4), (1, 8), (1, 5), (1, 4), (1, 3)]
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen2", "llama"])
@@ -225,6 +272,21 @@ def test_boundaries_move_with_the_tolerance():
     found = ip.boundaries(entropies | {"ffn_out": torch.tensor([1, 0.15, 0.03, -1])})
     assert found == {0.01: 3, 0.02: 3, 0.05: 2, 0.1: 2, 0.2: 1}
     assert set(ip.boundaries(entropies).values()) == {None}
+    fall = ip.boundaries(entropies | {"ffn_out": torch.tensor([0.3, -4, 0, 0])})  # a fall counts for the largest change too
+    assert fall == {0.01: 1, 0.02: 1, 0.05: 1, 0.1: None, 0.2: None}
+
+
+@pytest.mark.parametrize("changes, marked, last", [((1, 0.5, -1), 2, False), ((1, 0.5, 1), 3, True)])
+def test_the_table_marks_the_boundary(changes, marked, last, capsys):
+    """Entropies leave the blocks at 3, 4, 5 nats, the FFNs change them by these; with the final norm nothing rises."""
+    zero = torch.zeros(3)
+    streams = {f"{name}_{side}": zero for name in ("attn", "ffn", "layer") for side in ("in", "out")}
+    ip.print_view({"entropy": streams | {"layer_out": torch.tensor([3., 4, 5]), "ffn_out": torch.tensor(changes)},
+                   "final_norm": streams, "l2_norm": streams})
+    title, head, *rows, explained, tolerances, paper, control = capsys.readouterr().out.splitlines()
+    assert [row.split()[:3] for row in rows] == [[str(l), f"{l + 2:.3f}", f"{x:+.3f}"] for l, x in enumerate(changes, 1)]
+    assert [l for l, row in enumerate(rows, 1) if "<- boundary" in row] == [marked] and ("whole model" in rows[marked - 1]) == last
+    assert explained.startswith("boundary: ") and paper.split()[-5:] == [str(marked)] * 5 and control.split()[-5:] == ["none"] * 5
 
 
 def run(*argv):
