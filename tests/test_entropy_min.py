@@ -28,6 +28,8 @@ def test_entropy_by_hand():
     assert entropy_loss(logits, torch.tensor([[1.0, 1, 0]])).item() == pytest.approx((sharp + math.log(2)) / 2, abs=1e-6)
     assert entropy_loss(logits, torch.tensor([[1.0, 0, 0]]), temperature=1.0).item() == pytest.approx(math.log(5) - 0.8 * math.log(4), abs=1e-6)
     assert entropy_loss(logits, torch.zeros(1, 3)).item() == 0
+    low = entropy_loss(torch.tensor([[[0.0, 5.0]]]).bfloat16(), torch.ones(1, 1), 1.0)  # ln(1 + e^5) - 5 e^5 / (1 + e^5), in float32
+    assert low.dtype == torch.float32 and low.item() == pytest.approx(math.log(1 + math.exp(5)) - 5 / (1 + math.exp(-5)), abs=1e-6)
 
 
 @pytest.mark.parametrize("T", [0.5, 1.0, 2.0])
@@ -103,21 +105,26 @@ def test_it_lowers_the_entropy_on_a_given_problem(tmp_path, capsys):
 
 
 def test_logit_statistics_by_hand():
-    """A head of zeros but for one row makes the logits of a position (c, 0, 0, ..., 0) with c the same everywhere if the hidden states are.
-    Instead of guessing c: with V = 4 logits (c, 0, 0, 0) the mean is c/4, the variance 3c^2/16, m3 = (27 - 3) c^3 / 256 = 6 c^3 / 64, so
-    the skewness is (6/64) / (3/16)^1.5 = 2/sqrt(3), whatever c > 0 is, and mean / std = 1 / sqrt(3). The 2 largest over T = 0.5 are
-    (2c, 0): skewness 0, mean = std."""
+    """A head of zeros but for one row and hidden states of 32 ones make logits (c, 0, 0, 0) everywhere, c = 32 x that row's weight = 3.3.
+    Mean c/4, variance 3c^2/16, m3 = (27 - 3) c^3 / 256 = 6 c^3 / 64, so the skewness is (6/64) / (3/16)^1.5 = 2/sqrt(3). The 2 largest
+    over T = 0.5 are (2c, 0): skewness 0, mean = std = c. Bins: (0 + 60) / 0.2 = 300, 3.3: 316.5, 6.6: 333; 330 goes into the last, 599."""
     model = random_model("llama", vocab_size=4)
     rollout = rollout_of([[1, 2]], torch.tensor([3]), T=3)
     constant = torch.ones(1, 1, model.config.hidden_size)
     model.model.forward = lambda input_ids, **_: type("O", (), {"last_hidden_state": constant.expand(*input_ids.shape, -1)})()
     with torch.no_grad():
-        model.lm_head.weight.zero_()[0] = 0.1
+        model.lm_head.weight.zero_()[0] = 3.3 / 32
     of = entropy_min.logit_statistics(model, rollout, 100, temperature=0.5, top_k=2)
     assert of["raw"]["skewness"] == pytest.approx(2 / 3 ** 0.5, abs=1e-5) and of["top_k"]["skewness"] == pytest.approx(0, abs=1e-5)
-    assert of["raw"]["mean"] / of["raw"]["std"] == pytest.approx(3 ** -0.5, abs=1e-5)
-    assert of["top_k"]["mean"] == pytest.approx(of["top_k"]["std"], rel=1e-5) == pytest.approx(4 * of["raw"]["mean"], rel=1e-5)
-    assert sum(of["raw"]["histogram"]) == pytest.approx(1)
+    assert of["raw"]["mean"] == pytest.approx(3.3 / 4) and of["raw"]["std"] == pytest.approx(3.3 * 3 ** 0.5 / 4)
+    assert of["top_k"]["mean"] == pytest.approx(3.3) == of["top_k"]["std"]
+    filled = lambda of, name: {place: share for place, share in enumerate(of[name]["histogram"]) if share}
+    assert filled(of, "raw") == {300: 0.75, 316: 0.25} and filled(of, "top_k") == {300: 0.5, 333: 0.5}
+    with torch.no_grad():
+        model.lm_head.weight[0] = 330 / 32
+    far = entropy_min.logit_statistics(model, rollout, 100)  # as many as there are of the 50 largest, over T = 0.6
+    assert filled(far, "raw") == filled(far, "top_k") == {300: 0.75, 599: 0.25}
+    assert far["top_k"]["mean"] == pytest.approx(330 / 0.6 / 4) and len(far["raw"]["histogram"]) == 600
 
 
 def test_analyze(tmp_path, capsys, model_folder):

@@ -56,7 +56,7 @@ def changes(tree: ast.Module, text: str, main: bool) -> list[tuple[int, int, str
             at = text.find(old, end(left), start(right)) if old else -1
             if at >= 0:
                 put(at, at + len(old), new)
-        if isinstance(node, (ast.JoinedStr, ast.Raise, ast.Import, ast.ImportFrom)) or isinstance(node, ast.ClassDef) and node.name == "Config":
+        if isinstance(node, (ast.JoinedStr, ast.Raise, ast.Import, ast.ImportFrom)):
             return
         if isinstance(node, ast.FunctionDef):
             if node.name == "main" and not main:
@@ -71,8 +71,8 @@ def changes(tree: ast.Module, text: str, main: bool) -> list[tuple[int, int, str
             target = node.targets[0] if isinstance(node, ast.Assign) else node
             if isinstance(target, (ast.Subscript, ast.AugAssign)) or isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
                 put(start(node), end(node), "pass")
-        if isinstance(node, ast.AnnAssign):
-            return node.value and visit(node.value, where)
+        if isinstance(node, ast.AnnAssign):  # not a flag's default and help
+            return node.value and not ast.unparse(node.value).startswith("flag(") and visit(node.value, where)
         if isinstance(node, ast.BinOp):
             swap(node.op, node.left, node.right)
         if isinstance(node, ast.Compare):
