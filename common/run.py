@@ -131,8 +131,7 @@ class Run:
                 torch.manual_seed(cfg.seed * 100_000 + step)  # dropout, if a model has any, follows from (seed, step) as well
                 yield step
                 self.bar.update()
-                bad = [row for row in self.rows[-5:] if row.get("skipped") or math.isnan(row.get("entropy", 0.0))]
-                stuck = len(bad) == 5
+                stuck = 5 == sum(bool(row.get("skipped")) or math.isnan(row.get("entropy", 0.0)) for row in self.rows[-5:])
                 asked = self.stopping or (self.folder / "stop").exists()
                 self.stopping = total(int(asked)) > 0  # a signal may have reached one rank before the other
                 if self.stopping or stuck or (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
@@ -262,14 +261,13 @@ class Run:
 
     def measure(self, when: str) -> dict:
         """Evaluates on the held-out problems, prints the line, keeps it in summary.json."""
-        cfg = self.cfg
         with self.clock("evaluating"):
-            result = evaluate(self.model, self.tokenizer, self.held_out, cfg.eval_k, cfg.max_new_tokens, seed=10_000,
+            result = evaluate(self.model, self.tokenizer, self.held_out, self.cfg.eval_k, self.cfg.max_new_tokens, seed=10_000,
                               label=f"evaluating {when}")
         print(f"{when + ':':7} {describe(result)}", flush=True)
         self.summary |= {f"avg_at_k_{when}": result["avg_at_k"], f"standard_error_{when}": result["standard_error"],
                          f"pass_at_{when}": result["pass_at"], f"length_{when}": result["length"],
-                         f"reflection_{when}": result["reflection"], "k": cfg.eval_k}
+                         f"reflection_{when}": result["reflection"], "k": self.cfg.eval_k}
         self.write("summary.json", json.dumps(self.summary, indent=1))
         return result
 
@@ -320,11 +318,9 @@ def start(cfg, name: str) -> Run:
     run = Run(cfg, name)
     torch.manual_seed(cfg.seed)  # only new adapters draw from it: everything later has generators of its own
     run.tokenizer = load_tokenizer(cfg.model)
-    weights, adapter = (run.checkpoint / "model" if run.checkpoint else None), None
-    if cfg.lora_rank and weights:
-        weights, adapter = None, weights
-    run.model = load_model(str(weights or cfg.model), cfg.device, cfg.dtype, cfg.lora_rank, adapter and str(adapter),
-                           cuda_graphs=cfg.cuda_graphs)
+    saved = str(run.checkpoint / "model") if run.checkpoint else None
+    weights, adapter = (cfg.model, saved) if cfg.lora_rank else (saved or cfg.model, None)
+    run.model = load_model(weights, cfg.device, cfg.dtype, cfg.lora_rank, adapter, cuda_graphs=cfg.cuda_graphs)
     context = causal_lm(run.model).config.max_position_embeddings
     train, held_out = load_train_and_eval(cfg)
     prompts = (cfg.system, cfg.thinking, context - cfg.max_new_tokens)

@@ -119,15 +119,14 @@ def decode(model, prompts: list[list[int]], rows: torch.Tensor, max_new_tokens: 
     lm, device, R, width = causal_lm(model), rows.device, len(rows), max(map(len, prompts))
     look, grain = (16, 256) if graphs else (1, 16)  # steps between two looks at who has ended; the cache grows by so many slots
     cache, hidden, length = prefill(lm, prompts, device)                                                    # (P, D), (P,)
-    slot = rows.new_full((1,), width)                                                                       # of the latest token
+    slot, place = rows.new_full((1,), width), rows[:0]                                                      # of the latest token
     tokens = rows.new_zeros(R, max_new_tokens)                                                              # (R, T)
     logp, entropy = hidden.new_zeros(2, R, max_new_tokens, dtype=torch.float32)                             # (R, T) each
     alive, token = torch.arange(R, device=device), torch.zeros_like(rows)                                   # (A,) rows left
     length, ended = length[rows], torch.zeros_like(rows).bool()                                             # (A,) of the prompt
     said = rows.new_zeros(R, lm.config.vocab_size if repetition_penalty != 1 else 0).bool()                 # (R, V) tokens seen
-    if repetition_penalty != 1:
-        for row, prompt in enumerate(rows.tolist()):
-            said[row, prompts[prompt]] = True
+    for row, prompt in enumerate(rows.tolist() if repetition_penalty != 1 else ()):
+        said[row, prompts[prompt]] = True
 
     def draw(hidden):  # (A, D)
         t = slot - width                                                                                    # (1,)
@@ -148,7 +147,6 @@ def decode(model, prompts: list[list[int]], rows: torch.Tensor, max_new_tokens: 
         draw(states[:, -1])
 
     draw(hidden[rows])
-    place = rows[:0]
     for t in range(1, max_new_tokens):
         if (t - 1) % look == 0:
             left = (~ended).nonzero()[:, 0]
