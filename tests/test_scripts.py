@@ -2,18 +2,22 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import random_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bupo
 import grpo
 from common import evaluate
+from common.errors import BadInput
 from common.models import initial_model, load_model
 from common.optim import MasterAdamW
 
@@ -87,6 +91,29 @@ def test_layer_auto_prints_its_table(tmp_path, capsys):
     run(bupo, "--steps", 1, "--eval-problems", 0, output=tmp_path / "run")
     said = capsys.readouterr().out
     assert "<- boundary" in said and "phase 1: steps 1 to 1 train the policy of block" in said
+
+
+@pytest.mark.parametrize("layer, changes, taken, says", [
+    ("1", None, 1, ""), ("4", None, 4, ""), ("0", None, None, "1 (lowest) to 4"), ("5", None, None, "1 (lowest) to 4"),
+    ("auto", (1, 0.5, -1, 0), 2, "\n    2                   0.000              +0.500   <- boundary\n"),
+    ("auto", (1, 0.5, 0.07, -1), 3, "fragile choice, it moves with the tolerance: 0.01 gives 3, 0.02 gives 3, 0.05 gives 3, 0.1 gives 2, 0.2 gives 2"),
+    ("auto", (1, 1, 1, 1), 3, "block 4's policy is the model's own, so block 3 is taken"),  # min(4, L - 1) at every tolerance: not fragile
+    ("auto", (-1, -1, 0, 0), None, "no block's FFN raises the entropy")])
+def test_which_layer_is_taken(layer, changes, taken, says, monkeypatch, capsys):
+    """Four blocks whose FFNs change the entropy by these; where one is named, nothing is sampled."""
+    zero = torch.zeros(4)
+    entropies = {f"{name}_{side}": zero for name in ("attn", "ffn", "layer") for side in ("in", "out")}
+    monkeypatch.setattr(bupo, "sample", lambda *args, **kwargs: None)
+    monkeypatch.setattr(bupo, "rollout_entropies", lambda *args: entropies | {"ffn_out": torch.tensor(changes, dtype=torch.float32)})
+    cfg = SimpleNamespace(layer=layer, max_new_tokens=8, temperature=1.0, seed=0, micro_batch_tokens=99)
+    of = SimpleNamespace(cfg=cfg, model=random_model("qwen3"), tokenizer=None, train=[{"prompt": [5]}])
+    if taken is None:
+        with pytest.raises(BadInput, match=re.escape(says)):
+            bupo.choose_layer(of)
+        return
+    assert bupo.choose_layer(of) == taken
+    said = capsys.readouterr().out
+    assert says in said and ("fragile" in said) == ("fragile" in says) and said.count("<- boundary") == (layer == "auto")
 
 
 @scripts
