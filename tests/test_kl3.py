@@ -90,7 +90,7 @@ def test_gate_by_hand(measure, A, w):
 
 
 @pytest.mark.parametrize("predicate, A, loss, up, down", [
-    (False, 1.0, -2.7 / 3, 1 / 3, 0), (False, -1.0, 3.3 / 3, 0, 1 / 3), (False, 0.0, 0, 0, 0),
+    (False, 1.0, -2.7 / 3, 1 / 3, 0), (False, 0.5, -1.35 / 3, 1 / 3, 0), (False, -0.5, 1.65 / 3, 0, 1 / 3), (False, -1.0, 3.3 / 3, 0, 1 / 3), (False, 0.0, 0, 0, 0),
     (True, 1.0, -2.5 / 3, 1 / 3, 0), (True, -1.0, 3.5 / 3, 0, 1 / 3), (True, 0.0, 0, 0, 0)])
 def test_means_over_the_mask_by_hand(predicate, A, loss, up, down):
     """Ratios 1.5, 0.5, 1 and, outside the mask, e^50; old log-prob -1; the window is 1 +- 0.2, or the predicate KL3 <= 0.02.
