@@ -36,7 +36,7 @@ SWAPS = {ast.Add: ("+", "-"), ast.Sub: ("-", "+"), ast.Mult: ("*", "/"), ast.Div
 NAMES = {"min": "max", "max": "min", "any": "all", "all": "any", "minimum": "maximum", "maximum": "minimum", "sum": "mean"}
 DROPPED = {"detach", "float", "clamp", "clone", "exp", "square", "abs", "sqrt", "bool", "cumsum", "log_softmax"}  # x.f(...) -> x
 
-UNSEEN = {"device", "flush", "use_reentrant", "desc"}  # arguments whose absence no test on a CPU, here or anywhere, could tell
+UNSEEN = {"device", "flush", "use_reentrant", "use_cache", "desc", "unit", "total", "disable", "label"}  # a CPU's results are the same
 
 
 def changes(tree: ast.Module, text: str, main: bool) -> list[tuple[int, int, str, str]]:
@@ -59,7 +59,7 @@ def changes(tree: ast.Module, text: str, main: bool) -> list[tuple[int, int, str
         if isinstance(node, (ast.JoinedStr, ast.Raise, ast.Import, ast.ImportFrom)):
             return
         if isinstance(node, ast.FunctionDef):
-            if node.name == "main" and not main:
+            if node.name in ("main", "analyze") and not main:
                 return
             where = where or node.name
             for default in [*node.args.defaults, *filter(None, node.args.kw_defaults)]:
@@ -153,7 +153,7 @@ def main():
     parser.add_argument("--files", nargs="+", default=list(TESTS), choices=list(TESTS))
     parser.add_argument("--every", type=int, default=1, help="take every n-th change")
     parser.add_argument("--only", help="a function's name or a line's number")
-    parser.add_argument("--main", action="store_true", help="main(), the loop, as well")
+    parser.add_argument("--main", action="store_true", help="main(), the loop, and analyze() as well")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     import matplotlib.pyplot  # noqa: F401  imported here, it is there in every fork
