@@ -18,6 +18,7 @@ from transformers import (
     Qwen3NextConfig,
 )
 
+from common import sampling
 from common.errors import BadInput
 from common.logprobs import response_logprobs
 from common.models import grouped_sdpa, refuse_foreign
@@ -187,6 +188,7 @@ def test_masks_come_from_lengths(tokenizer):
         assert finished == (tokens[length - 1] == tokenizer.eos_token_id)
         assert tokenizer.eos_token_id not in tokens[:length - 1] and not any(tokens[length:])
         assert finished or length == 60
+    assert any(rollout.finished) and not any("<|" in text for text in rollout.texts)  # a stop token is no part of what is verified
     inside = rollout.tokens[rollout.mask > 0]
     assert (inside == tokenizer.pad_token_id).any()  # an untrained model says the pad token too: ids could not tell
 
@@ -224,6 +226,28 @@ def test_prompts_split_over_ranks_get_the_answers_of_one_process(tokenizer, monk
             monkeypatch.setattr(f"common.sampling.{name}", stand_in)
         together = sample_texts(model, tokenizer, PROMPTS, 2, 12, seed=4)
     assert [len(said[r]) for r in (0, 1)] == [4, 4] and together == whole
+
+
+def test_memory_that_runs_out_halves_the_rows(tokenizer, monkeypatch, capsys):
+    """Room for three rows: 15 at once fail, 7 fail, 3 do. The answers are the same, the next call begins with 3; no room for one raises."""
+    model, tried, room = random_model("qwen3", vocab_size=len(tokenizer)), [], 3
+    plain, decode = sample(model, tokenizer, PROMPTS, 5, 12, seed=6), sampling.decode
+
+    def small(model, prompts, rows, *args):
+        tried.append(len(rows))
+        if len(rows) > room:
+            raise torch.OutOfMemoryError("no room")
+        return decode(model, prompts, rows, *args)
+    monkeypatch.setattr(sampling, "decode", small)
+    again = sample(model, tokenizer, PROMPTS, 5, 12, seed=6)
+    assert tried == [15, 7] + [3] * 5 and torch.equal(again.tokens, plain.tokens) and again.texts == plain.texts
+    assert capsys.readouterr().out.count("out of memory while sampling") == 2
+    sample(model, tokenizer, PROMPTS, 5, 12, seed=6)
+    assert tried[7:] == [3] * 5
+    room = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        sample(model, tokenizer, PROMPTS, 5, 12, seed=6)
+    assert tried[12:] == [3, 1]
 
 
 def test_pick():
