@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 
 import pytest
@@ -43,6 +44,8 @@ def test_sft_loss_by_hand():
     loss.backward()
     assert torch.allclose(logits.grad, torch.tensor([[[-0.25, 0.125, 0.125], [0.25, -0.375, 0.125], [0.0, 0.0, 0.0]]]))
     assert sft_loss(torch.zeros(1, 2, 3), torch.full((1, 2), -100)).item() == 0
+    low = sft_loss(torch.tensor([[[0.0, 5.0]]]).bfloat16(), torch.tensor([[0]]))  # one label, ln(1 + e^5) = 5.00672, not bfloat16's 5
+    assert low.dtype == torch.float32 and low.item() == pytest.approx(math.log(1 + math.exp(5)), abs=1e-5)
 
 
 def encoded(n=7, seed=0):
@@ -234,6 +237,9 @@ def test_scripted_actor():
     assert share(clean) == share(mended) == 1 and share(missed) < 0.9
     assert reflection_rates(clean)["wait"] == 0 and reflection_rates(mended)["wait"] > 0.3
     assert all(tokenizer.decode(tokenizer(text)["input_ids"]) == text for text in mended)
+    checks = re.findall(r"check (\d+)([-+/])(\d+)=(-?\d+)", " ".join(mended))  # true also where what they check is not
+    of = {"+": lambda x, y: x + y, "-": lambda x, y: x - y, "/": lambda x, y: x // max(y, 1)}
+    assert {sign for _, sign, _, _ in checks} == set(of) and all(of[sign](int(x), int(y)) == int(z) for x, sign, y, z in checks)
     for seed in range(30):  # a product that slipped to 0 is a number like any other
         assert construct_chain(scripted_actor("Compute 40-2*5.", random.Random(seed), 1, 1), "Compute 40-2*5.", 20)
 
