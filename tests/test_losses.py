@@ -46,6 +46,7 @@ def loss_and_gradient(module, ratio, advantage, **kwargs):
     (2.0, -2.0, {"dual_clip": 3.0}, 4.0, 4.0, 0),
     # dual clip leaves A > 0 alone
     (0.5, 2.0, {"dual_clip": 3.0}, -1.0, -1.0, 0),
+    (0.5, 0.5, {"dual_clip": 3.0}, -0.25, -0.25, 0),
     # the advantage is 0: nothing
     (1.5, 0.0, {}, 0.0, 0.0, 0),
 ])
