@@ -4,6 +4,7 @@
 
 Every rollout is gone through four times (four updates), so that the policy leaves the one that sampled and gates act.
 """
+import json
 import math
 import statistics
 
@@ -55,6 +56,9 @@ ARMS = {  # name -> script, flags, colour, line
     "kl 0.02": ("kl3_grpo.py", f"{FOUR} --measure kl --delta 0.02", PURPLE, "-"),
 } | {f"{measure} {delta}": ("kl3_grpo.py", f"{FOUR} --measure {measure} --delta {delta}", color, style)
      for delta, style in ((0.05, "--"), (0.1, "-."), (0.2, ":")) for measure, color in (("ratio", BLUE), ("kl3", GREEN))}
+TWICE = [("none", "ratio 0.02", "accuracy"), ("kl3 0.02", "ratio 0.02", "accuracy"), ("clip-higher", "kl2 0.02", "accuracy"),
+         ("kl3 0.02", "ratio 0.02", "entropy, last 4 steps"), ("kl3 0.2", "ratio 0.2", "reward, mean of all steps"),
+         ("kl3 0.2", "ratio 0.2", "accuracy")]  # what is set beside the first set of runs
 ONCE = {f"{measure}, one update": ("kl3_grpo.py", f"{SIZE} --steps 6 --eval-problems 0 --measure {measure}")
         for measure in ("none", "ratio", "kl2", "kl3")}
 
@@ -104,7 +108,13 @@ def main():
     single = ex.table(["gate", "rewards, lengths, losses and gradient norms of six steps"],
                    [[name, "equal to the first line in every digit" if of == reference else "different"]
                     for name, of in same.items()])
-    ex.write("kl3_grpo", results, {"arms": arms, "width": width, "mass": mass, "once": single})
+    first = json.loads((ex.ROOT / "docs" / "results" / "kl3_first.json").read_text())
+    now = {"accuracy": after, "entropy, last 4 steps": lambda n: last(n, "entropy"),
+           "reward, mean of all steps": lambda n: whole(n, "reward")}
+    twice = ex.table(["", "first set", "these runs", "both, ten differences"],
+                     [[f"{a} minus {b}, {of}", ex.paired(first[a][of], first[b][of]), ex.paired(now[of](a), now[of](b)),
+                       ex.paired(first[a][of] + now[of](a), first[b][of] + now[of](b))] for a, b, of in TWICE])
+    ex.write("kl3_grpo", results, {"arms": arms, "width": width, "mass": mass, "once": single, "twice": twice})
 
     out = ex.ROOT / "docs" / "results"
     figure, axes = plt.subplots(1, 2, figsize=(13, 4.4), constrained_layout=True)

@@ -1,6 +1,6 @@
 """Do the tests see a wrong sign? Every operator, number, branch and argument of the maths is broken on purpose, one at a time.
 
-    python tests/benchmarks/mutants.py                                  # the maths of all files: hours on two cores
+    python tests/benchmarks/mutants.py                                  # the maths of all files: minutes to half an hour a file
     python tests/benchmarks/mutants.py --files grpo.py --every 5        # a fifth of grpo.py's
     python tests/benchmarks/mutants.py --files ppo.py --only gae        # one function's, or one line's: --only 107
 
@@ -105,7 +105,7 @@ def changes(tree: ast.Module, text: str, main: bool) -> list[tuple[int, int, str
                 visit(child, where)
     for node in tree.body:
         visit(node, node.name if isinstance(node, ast.ClassDef) else "")
-    return sorted((change for change in set(found)), key=lambda change: change[:2])
+    return sorted(set(found))
 
 
 def passes(tree: pathlib.Path, tests: list[str], limit: float) -> bool:
@@ -151,7 +151,7 @@ def judge(name: str, text: str, change: tuple, tests: list[str], limit: float, t
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--files", nargs="+", default=list(TESTS), choices=list(TESTS))
-    parser.add_argument("--every", type=int, default=1, help="take every n-th change")
+    parser.add_argument("--every", type=int, default=1, choices=range(1, 1000), metavar="N", help="take every n-th change")
     parser.add_argument("--only", help="a function's name or a line's number")
     parser.add_argument("--main", action="store_true", help="main(), the loop, and analyze() as well")
     parser.add_argument("--workers", type=int, default=2)
@@ -172,6 +172,10 @@ def main():
                 raise SystemExit(f"{name}: its tests fail as it is")
             limit, line = 4 * (time.time() - started) + 30, lambda change, text=text: text.count("\n", 0, change[0]) + 1
             todo = [c for c in changes(ast.parse(text), text, args.main) if args.only in (None, c[3], str(line(c)))][::args.every]
+            if not todo:
+                raise SystemExit(f"{name}: --only {args.only} names no function or line with something to change")
+            for first, last, new, _ in todo:
+                ast.parse(text[:first] + new + text[last:])  # what does not even parse would count as seen
             many = len(todo)
             for change, survived in zip(todo, pool.map(judge, [name] * many, [text] * many, todo, [tests] * many, [limit] * many,
                                                        [trees] * many)):
