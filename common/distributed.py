@@ -1,11 +1,11 @@
-"""Several processes as one run: torchrun starts them, torch's FSDP2 (fully_shard) splits weights, gradients and optimiser.
+"""Several processes as one run: torchrun starts them, torch's FSDP2 splits the model over them.
 
     torchrun --nproc-per-node 8 grpo.py --model Qwen/Qwen3-8B --data zwhe99/DeepMath-103K
 
-Of a rollout each process ("rank") takes every N-th problem with its whole group, samples, verifies, and trains on it; what a loss
-is divided by is counted over all ranks, and gradients are summed. So N processes make the step that one would make. Float32
-weights, gradients and moments lie in N parts; a block is gathered in the compute dtype when it runs, all blocks while
-sampling. Every function here is the identity, or says so, where there is only one process.
+Each process (a "rank") takes every N-th problem of a step with its whole group of answers,
+samples, verifies, and trains on it. Token counts and gradients are summed over all ranks, so N
+processes make the step that one would make. With one process every function here hands back what
+it was given.
 """
 import contextlib
 import os
@@ -19,15 +19,20 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 @contextlib.contextmanager
 def process_group():
-    """Joins the processes that torchrun has started, if it has; all but the first then print nothing of what they share."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+    """Joins the processes that torchrun has started, if any; only the first of them prints."""
+    if not dist.is_torchelastic_launched() or dist.is_initialized():
         yield
         return
-    if int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if local_rank < torch.cuda.device_count():
+        torch.cuda.set_device(local_rank)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend)
     try:
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere) if rank() else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if rank() > 0:
+                nowhere = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
             yield
         dist.barrier()
     finally:
@@ -48,7 +53,7 @@ def share(items: list) -> list:
 
 
 def total(x):
-    """The sum over all ranks, of a tensor or a number. Without gradient."""
+    """The sum over all ranks of a tensor or a number, without gradient."""
     if size() == 1:
         return x
     summed = torch.as_tensor(x).detach().clone()
@@ -57,7 +62,7 @@ def total(x):
 
 
 def everyone(x) -> list:
-    """What each rank has for x, by rank; anything that can be pickled."""
+    """What each rank has for x, in the order of ranks; anything that can be pickled."""
     if size() == 1:
         return [x]
     found = [None] * size()
@@ -65,31 +70,32 @@ def everyone(x) -> list:
     return found
 
 
-def shard(root: torch.nn.Module, blocks, device: torch.device, dtype: torch.dtype, kept_float: tuple = ()) -> None:
-    """Splits a module's weights over the ranks, in place: trained ones in float32, computed with in `dtype`.
+def shard(root, blocks, device, dtype, float32_parts=()) -> None:
+    """Splits a module's weights over the ranks, in place: trained ones in float32, compute in dtype.
 
-    blocks: the parts that are gathered one by one; what is left is gathered together. kept_float: modules computed in float32.
-    The caller runs the root once before any of its parts, so that FSDP knows which is which.
+    blocks: submodules that are gathered one by one when they run; the rest is gathered together.
+    float32_parts: submodules that compute in float32. Gradients are summed, not averaged.
     """
     mesh = init_device_mesh(device.type, (size(),))
-    for module in [*kept_float, *blocks, root]:
+    for module in [*float32_parts, *blocks, root]:
         for weight in module.parameters():
             if weight.requires_grad and not isinstance(weight, DTensor):
                 weight.data = weight.data.float()
-        precise = module in kept_float
-        fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(torch.float32 if precise else dtype, torch.float32))
-    root.narrow = dtype
+        compute = torch.float32 if module in float32_parts else dtype
+        policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+        module.set_gradient_divide_factor(1.0)
 
 
 def gather_rest(module) -> None:
-    """Gathers what lies in no block (embedding, norm, unembedding), for use outside the module's own forward."""
+    """Gathers what lies in no block (embedding, norm, unembedding), for use outside forward()."""
     if isinstance(module, FSDPModule):
         module.unshard()
 
 
 @contextlib.contextmanager
 def gathered(module):
-    """All weights of a module stay gathered inside: nothing is sent, so ranks may run it differently often."""
+    """All weights stay gathered inside: nothing is sent, so ranks may run it differently often."""
     parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
@@ -104,19 +110,22 @@ def gathered(module):
 
 
 def whole(state):
-    """A state dict, list or tensor with its split tensors put together on the first rank's CPU. Every rank must call it."""
+    """A state dict, list or tensor with its split tensors whole, on the CPU of the first rank.
+
+    Every rank must call it; the others get None for each split tensor.
+    """
     if isinstance(state, dict):
         return {name: whole(value) for name, value in state.items()}
     if isinstance(state, (list, tuple)):
-        return type(state)(whole(value) for value in state)
+        return [whole(value) for value in state]
     if not isinstance(state, DTensor):
         return state
     full = state.full_tensor()
     return full.cpu() if rank() == 0 else None
 
 
-def split_like(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A whole tensor, the same on every rank, split as `like` is."""
+def split_like(value, like):
+    """A whole tensor, the same on every rank, split as `like` is; other values as they are."""
     if not isinstance(like, DTensor) or isinstance(value, DTensor) or value.shape != like.shape:
         return value
     value = value.to(like.device, like.dtype)

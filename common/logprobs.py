@@ -1,124 +1,101 @@
-"""Log-probs of given answers under a model or one of its internal layer policies, and KLs, without a (B, T, V) tensor.
+"""Log-probs of given answers under a model as it is now, without ever building a (B, T, V) tensor.
 
-    logp, entropy = response_logprobs(model, rollout)             # (B, T) each, zero outside the answers
+    logp = response_logprobs(model, rollout)            # (B, T), nats, 0 outside the answers
 
-Rows are prompt + answer, padded on the right: a causal model never looks there, so no attention mask is needed and padding
-changes nothing. Only the hidden states that predict answer tokens meet the vocabulary, a chunk at a time.
+Axes: B answers, T answer tokens, S prompt and answer tokens, N answer tokens in a row, D width,
+V vocabulary. Rows are padded on the right, where a causal model never looks, so no attention mask
+is needed. Only the states that predict answer tokens meet the vocabulary, a chunk at a time.
 """
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from common.distributed import everyone
-from common.internal_policy import hidden_states
-from common.models import causal_lm
+from common.distributed import everyone, gather_rest
+from common.models import autocast, causal_lm
 from common.sampling import join
 
 
-def _chunk_logprobs(hidden, weight, targets, temperature, entropy_grad):
-    """(N, D), (V, D), (N,) -> logp (N,), entropy (N,). The logits exist in float32 only in here."""
-    logits = (hidden @ weight.T).float() / temperature                        # (N, V)
-    log_z = logits.logsumexp(-1)                                              # (N,)
-    logp = logits[torch.arange(len(targets), device=logits.device), targets] - log_z  # gather's graph would hold the logits
-    with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
-        entropy = log_z - (torch.softmax(logits, -1) * logits).sum(-1)        # -sum p log p
+def chunk_logprobs(hidden, weight, targets, temperature):
+    """(n, D), (V, D), (n,) -> logp (n,), entropy (n,). Float32 logits exist only in here."""
+    logits = (hidden @ weight.T).float() / temperature                          # (n, V)
+    log_z = logits.logsumexp(-1)                                                # (n,)
+    logp = logits[torch.arange(len(targets)), targets] - log_z                  # (n,)
+    entropy = log_z - (torch.softmax(logits, -1) * logits).sum(-1)              # (n,) -sum p log p
     return logp, entropy
 
 
-def token_logprobs(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0,
-                   chunk: int | None = None, entropy_grad: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """log softmax(hidden @ weight.T / temperature) at the targets, and the entropy, both in nats and float32.
+def token_logprobs(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
+                   temperature: float = 1.0, chunk: int | None = None):
+    """log softmax(hidden @ weight.T / temperature) at the targets, and the entropy; nats, float32.
 
-    hidden (..., D), weight (V, D), targets (...) -> logp (...), entropy (...). Done `chunk` tokens at a time (default: 2^26
-    logits, a quarter of a GiB); the backward pass computes a chunk's logits again instead of keeping them. The entropy has a
-    gradient only with entropy_grad: where the loss does not use it, backward would never come by to free its logits.
+    hidden (N, D), weight (V, D), targets (N,) -> logp (N,), entropy (N,). `chunk` tokens at a
+    time, default 2^26 logits, a quarter of a GiB; the backward pass computes them again.
     """
-    shape, V = targets.shape, weight.shape[0]
-    hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    chunk = chunk or max(1, (1 << 26) // V)
+    chunk = chunk or max(1, (1 << 26) // len(weight))
     pieces = []
-    for h, y in zip(hidden.split(chunk), targets.split(chunk)):
-        several = torch.is_grad_enabled() and len(targets) > chunk  # a single chunk gains nothing from computing it twice
-        pieces.append(checkpoint(_chunk_logprobs, h, weight, y, temperature, entropy_grad, use_reentrant=False) if several else
-                      _chunk_logprobs(h, weight, y, temperature, entropy_grad))
-    logp, entropy = (torch.cat(parts).view(shape) for parts in zip(*pieces))
-    return logp, entropy
+    for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+        if len(hidden) <= chunk:  # a single chunk gains nothing from being computed twice
+            pieces.append(chunk_logprobs(h, weight, y, temperature))
+        else:
+            pieces.append(checkpoint(chunk_logprobs, h, weight, y, temperature,
+                                     use_reentrant=False))
+    logp, entropy = zip(*pieces, strict=True)
+    return torch.cat(logp), torch.cat(entropy)
 
 
-def response_logprobs(model, rollout, temperature: float = 1.0, layer: int | None = None,
-                      final_norm: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs and entropies (B, T) of a rollout's answers, nats, under the model as it is now; 0 outside the answers. Only
-    log-probs have a gradient.
+def states_before_answers(model, rollout, trunk=None) -> torch.Tensor:
+    """The states (N, D) that predict a rollout's answer tokens, row after row.
 
-    layer=None is the model's own policy; a 1-based layer is that block's internal policy, and then no block above it is run.
-    temperature divides the logits, as in sampling. Uses rollout.prompts, .tokens, .lengths and .mask.
+    trunk: blocks to run instead of the model's own, such as its first few (BuPO).
     """
-    ids, predicts = join(rollout.prompts, rollout.tokens, rollout.lengths)               # (B, S) each
-    hidden = hidden_states(model, ids, None, layer, final_norm)[predicts]                # (N, D)
-    inside = rollout.mask.bool()                                                         # (B, T), N of them True
-    weight = causal_lm(model).lm_head.weight                                             # (V, D)
-    values = token_logprobs(hidden, weight, rollout.tokens[inside], temperature)         # (N,) each
-    return tuple(torch.zeros_like(rollout.mask).masked_scatter(inside, value) for value in values)
+    lm = causal_lm(model)
+    gather_rest(lm)
+    ids, predicts = join(rollout.prompts, rollout.tokens, rollout.lengths)      # (B, S) each
+    hidden = (trunk or lm.model)(input_ids=ids, use_cache=False).last_hidden_state
+    return hidden[predicts]                                                     # (N, D)
 
 
-def micro_batches(rows: torch.Tensor, rollout, budget: int, useful: torch.Tensor | None = None) -> list[torch.Tensor]:
-    """Splits row numbers (N,) of a rollout so that in each part rows x longest row <= budget tokens, prompt and answer.
+def response_logprobs(model, rollout, temperature: float = 1.0, trunk=None) -> torch.Tensor:
+    """Log-probs (B, T) of a rollout's answer tokens, nats, 0 outside the answers.
 
-    Sorted by length, so that a part has little padding. A row longer than the budget makes a part of its own. useful (B,), True
-    or False: only those rows are taken. All ranks, each with N rows, get equally many parts, since they compute together:
-    one that has fewer splits them, or adds rows that are not useful, whose loss must be 0.
+    temperature divides the logits, as it does in sampling.
     """
-    sizes = {row: len(rollout.prompts[row]) + int(rollout.lengths[row]) for row in rows.tolist()}
-    spare = [row for row in sizes if useful is not None and not useful[row]]
-    parts = []
-    for row in sorted(sizes.keys() - spare, key=lambda row: (-sizes[row], row)):
-        if not parts or (len(parts[-1]) + 1) * sizes[parts[-1][0]] > budget:
-            parts.append([])
-        parts[-1].append(row)
-    count = max(everyone(len(parts)))
-    while len(parts) < count:
-        most = max(parts, key=len, default=[])
-        parts.append([most.pop()] if len(most) > 1 else [spare.pop()])
-    return [torch.tensor(part, device=rows.device) for part in parts]
+    inside = rollout.mask.bool()                                                # (B, T), N True
+    with autocast(model):
+        hidden = states_before_answers(model, rollout, trunk)                   # (N, D)
+        weight = causal_lm(model).lm_head.weight                                # (V, D)
+        logp, _ = token_logprobs(hidden, weight, rollout.tokens[inside], temperature)
+    return torch.zeros_like(rollout.mask).masked_scatter(inside, logp)
 
 
 @torch.no_grad()
-def score(model, rollout, useful: torch.Tensor | None, budget: int, temperature: float = 1.0, layer: int | None = None,
-          final_norm: bool = False) -> torch.Tensor:
-    """Log-probs (B, T) of a rollout's useful rows ((B,), True or False; None: all) under the model. No gradient."""
-    logp = torch.zeros_like(rollout.logp)                                     # (B, T)
-    for m in micro_batches(torch.arange(len(logp), device=logp.device), rollout, budget, useful):
-        logp[m], _ = response_logprobs(model, rollout[m], temperature, layer, final_norm)
+def old_logprobs(model, rollout, rows, budget: int, temperature: float = 1.0, trunk=None):
+    """response_logprobs without gradient, a micro-batch at a time -> (B, T), 0 but in `rows`."""
+    logp = torch.zeros_like(rollout.mask)                                       # (B, T)
+    for part in micro_batches(rollout, rows, budget):
+        logp[part] = response_logprobs(model, rollout[part], temperature, trunk)
     return logp
 
 
-@torch.no_grad()
-def answer_states(model, rollout, useful=None, budget: int = 4096) -> tuple[torch.Tensor, torch.Tensor]:
-    """What tells a policy's distributions later: the states before its answer tokens (B, T, D), a copy of the unembedding (V, D).
+def micro_batches(rollout, rows: torch.Tensor, budget: int) -> list[torch.Tensor]:
+    """Row numbers (N,) in parts with rows x longest row <= budget tokens, prompt and answer.
 
-    0 in rows that are not useful ((B,), True or False; None: all are). About `budget` tokens at a time.
+    Sorted by length, so that a part has little padding; a longer row is a part of its own. Ranks
+    compute together, so one that has fewer parts gets empty ones.
     """
-    mask, states = rollout.mask.bool(), None                                            # (B, T)
-    for m in micro_batches(torch.arange(len(mask), device=mask.device), rollout, budget, useful):  # (b,) row numbers
-        part = rollout[m]
-        ids, predicts = join(part.prompts, part.tokens, part.lengths)                   # (b, S) each
-        hidden = hidden_states(model, ids)[predicts]                                    # (N, D)
-        states = hidden.new_zeros(*mask.shape, hidden.shape[1]) if states is None else states  # (B, T, D)
-        states[m] = states[m].masked_scatter(mask[m][..., None], hidden)
-    return states, causal_lm(model).lm_head.weight.detach().clone()
+    sizes = {}
+    for row in rows.tolist():
+        sizes[row] = len(rollout.prompts[row]) + int(rollout.lengths[row])
+    parts = []
+    for row in sorted(sizes, key=lambda row: (-sizes[row], row)):
+        if not parts or (len(parts[-1]) + 1) * sizes[parts[-1][0]] > budget:
+            parts.append([])
+        parts[-1].append(row)
+    most = max(everyone(len(parts)))
+    parts += [[]] * (most - len(parts))
+    return [torch.tensor(part, dtype=torch.long, device=rows.device) for part in parts]
 
 
-@torch.no_grad()
-def exact_kl(model, old_states, old_weight, rollout, temperature=1.0, chunk=None) -> torch.Tensor:
-    """KL(old || new) over the whole vocabulary at every answer token of a rollout, nats, 0 outside -> (B, T).
-
-    old_states (B, T, D), old_weight (V, D): from answer_states() of the old model. `chunk` tokens at a time, so that no (B, T, V)
-    is built. The measure of Truly PPO (arXiv 1903.07940).
-    """
-    ids, predicts = join(rollout.prompts, rollout.tokens, rollout.lengths)              # (B, S) each
-    new, inside = hidden_states(model, ids)[predicts], rollout.mask.bool()              # (N, D), (B, T)
-    heads = causal_lm(model).lm_head.weight, old_weight                                 # (V, D) each
-    chunk, pieces = chunk or max(1, (1 << 26) // len(old_weight)), []
-    for states in zip(new.split(chunk), old_states[inside].split(chunk)):               # (n, D) each
-        q, p = (((h @ head.T).float() / temperature).log_softmax(-1) for h, head in zip(states, heads))  # (n, V) each
-        pieces.append((p.exp() * (p - q)).sum(-1))
-    return torch.zeros_like(rollout.mask).masked_scatter(inside, torch.cat(pieces))
+def largest_gap(logp: torch.Tensor, rollout) -> float:
+    """The largest difference of the trainer's log-probs (B, T) from the sampler's, nats."""
+    gaps = (logp.detach() - rollout.logp).abs() * rollout.mask                  # (B, T)
+    return gaps.max().item() if gaps.numel() else 0.0

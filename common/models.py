@@ -1,270 +1,245 @@
-"""Models and tokenizers, all through transformers: the embedded one, a local folder or a hub id; and what memory a run needs."""
+"""Models and tokenizers, all through transformers: the embedded one, a local folder, a hub id.
+
+Weights that are trained are float32 and matrix products are bfloat16 on a GPU, by autocast, so
+that torch's own AdamW will do: at lr 1e-6 only one bfloat16 weight in fifty would move at all.
+"""
 import contextlib
-import math
+import json
 import os
 import pathlib
-import sys
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from common.distributed import shard, size
-from common.errors import BadInput
+from common.flags import BadInput
 
-logging.disable_progress_bar()  # loading and saving take moments; the bars would break up a run's own
+logging.disable_progress_bar()  # loading and saving take moments
 
 TINY = pathlib.Path(__file__).parent / "tiny"
-SHARE = 0.75  # of the free memory, for answers that are being sampled
-LOGIT_BYTES = 20  # of a logit while sampling: log-softmax, probabilities and entropy in float32, the running sum in float64
-
-
-def grouped_sdpa(module, query, key, value, attention_mask, **kwargs):
-    """transformers' sdpa, but where one new token looks back through a mask, the heads of its query (B, H, 1, D) that share a
-    head of keys are read as positions of one head, so that the cache (B, H_kv, S, D) is not copied for each of them.
-    transformers does so by itself from 5.23 on.
-    """
-    B, H, T, D = query.shape
-    if T > 1 or attention_mask is None:
-        if query.dtype == torch.float32 and query.device.type != "cpu":  # with fewer heads of keys it would build all scores
-            module, key, value = None, *(x.repeat_interleave(H // x.shape[1], 1) for x in (key, value))
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    if kwargs.get("sliding_window"):  # the mask is the sampler's and knows of no window: the last so many that are visible
-        attention_mask = attention_mask & (attention_mask.flip(-1).cumsum(-1).flip(-1) <= kwargs["sliding_window"])
-    grouped = query.reshape(B, key.shape[1], -1, D)                                     # (B, H_kv, H / H_kv, D)
-    out = torch.nn.functional.scaled_dot_product_attention(grouped, key, value, attention_mask, scale=kwargs.get("scaling"))
-    return out.reshape(B, 1, H, -1), None
-
-
-AttentionInterface.register("grouped_sdpa", grouped_sdpa)
-AttentionMaskInterface.register("grouped_sdpa", sdpa_mask)
+SMALL = 256  # hidden size up to which a model is of the embedded one's kind
 
 
 def model_path(name: str) -> str:
-    """`tiny`, a model's or a run's folder -> its path; other names are hub ids. BadInput for a path that is not there."""
+    """`tiny`, a model's or a run's folder -> its path; other names are hub ids. Raises BadInput."""
     if name == "tiny":
         return str(TINY)
     for folder in (pathlib.Path(name), pathlib.Path(name) / "model"):
         if (folder / "config.json").is_file() and (folder / "tokenizer_config.json").is_file():
             return str(folder)
-    if pathlib.Path(name).exists() or name.startswith((".", "/", "~", "runs/")) or name.count("/") > 1:
-        raise BadInput(f"no model in {name!r}: a model folder holds config.json, tokenizer files and *.safetensors "
-                       "(write tiny for the embedded model, or a hub id such as Qwen/Qwen3-4B)")
+        if (folder / "adapter_config.json").is_file():
+            raise BadInput(f"--model {name}: adapters alone; --merge writes a whole model, or give "
+                           "its folder merged/")
+    looks_local = name.startswith((".", "/", "~", "runs/")) or name.count("/") > 1
+    if pathlib.Path(name).exists() or looks_local:
+        raise BadInput(f"no model in {name!r}: a model's folder holds config.json, tokenizer files "
+                       "and *.safetensors (tiny is the embedded model, Qwen/Qwen3-4B a hub id)")
     return name
 
 
-def _from_pretrained(loader, name: str, **kwargs):
-    """loader.from_pretrained, with what can go wrong in one line. No code that comes with a model is ever run."""
+def from_pretrained(loader, name: str, **kwargs):
+    """loader.from_pretrained, errors in one line. Code that comes with a model is never run."""
     path = model_path(name)
     try:
         return loader.from_pretrained(path, trust_remote_code=False, **kwargs)
-    except Exception as error:  # unreachable hub, unknown id, broken or foreign files: tokenizers and safetensors raise their own
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    except Exception as error:  # no network, unknown id, broken files: each library has its own
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        reason = lines[0] if lines else type(error).__name__
         raise BadInput(f"cannot load model {name!r}: {reason[:300]}") from error
 
 
 def is_small(name: str) -> bool:
-    """Whether a model is of the embedded one's kind, so that flags take their small defaults: hidden size at most 256."""
-    return name == "tiny" or getattr(_from_pretrained(AutoConfig, name), "hidden_size", 1 << 20) <= 256
-
-
-def pick_device(device: str) -> torch.device:
-    """`auto`, `cpu`, `cuda`, `cuda:1`, `mps` -> a device that is there; a card becomes the current one."""
-    if device == "auto":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    try:
-        place = torch.empty(1, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise BadInput(f"--device {device}: {str(error).splitlines()[0]}") from error
-    if place.type == "cuda":
-        torch.cuda.set_device(place)  # recordings and counters are the current one's
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape, and micro-batches differ
-    return place
-
-
-def widest(device: torch.device) -> torch.dtype:
-    """float64, or float32 on a device that has none (Apple's)."""
-    try:
-        return torch.empty(0, dtype=torch.float64, device=device).dtype
-    except (TypeError, RuntimeError):
-        return torch.float32
-
-
-def pick_threads(small: bool) -> None:
-    """One thread for a small model on the CPU, torch's own choice otherwise.
-
-    Matrices of 128 x 96 are too small to split. Of two cores, two threads win 5 % while the machine is idle, and take 3.4 times
-    as long as one when another program holds a core: every product then waits for a thread that is not scheduled
-    (tests/benchmarks/threads.py).
-    """
-    if small:
-        torch.set_num_threads(1)
+    """Whether a model is of the embedded one's size, so that flags take their small defaults."""
+    if name == "tiny":
+        return True
+    config = from_pretrained(AutoConfig, name)
+    return getattr(config, "hidden_size", SMALL + 1) <= SMALL
 
 
 def load_tokenizer(name: str):
-    return _from_pretrained(AutoTokenizer, name)
+    return from_pretrained(AutoTokenizer, name)
 
 
-def refuse_foreign(config) -> None:
-    """BadInput for a model that would not be sampled as it is trained: layers without keys, capped scores, angles by length."""
-    ropes = getattr(config, "rope_parameters", None) or {}
-    found = [kind for kind in getattr(config, "layer_types", None) or () if kind not in ("full_attention", "sliding_attention")]
-    found += ["attn_logit_softcapping"] if getattr(config, "attn_logit_softcapping", None) else []
-    if config.model_type in ("qwen2_moe", "phimoe", "doge", "blt") and getattr(config, "sliding_window", None):
-        found.append("sliding_window")  # which these do not tell their attention
-    found += [rope["rope_type"] for rope in (ropes, *ropes.values()) if isinstance(rope, dict)
-              and rope.get("rope_type") in ("longrope", "dynamic")]
-    if found:
-        raise BadInput(f"{config.model_type} is not supported: {found[0]} (Qwen2, Qwen3, Llama, Mistral and their kin are)")
+def pick_device(name: str) -> torch.device:
+    """`auto`, `cpu`, `cuda`, `cuda:1`, `mps` -> a device that is there. Raises BadInput."""
+    if name == "auto":
+        local_rank = os.environ.get("LOCAL_RANK", 0)
+        name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"--device {name}: {str(error).splitlines()[0]}") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # plans anew for each shape, and shapes differ
+    return device
 
 
-def load_model(name: str, device: str = "auto", dtype: str = "auto", lora_rank: int = 0, adapter: str | None = None,
-               split: bool = True, cuda_graphs: bool = False, frozen: bool = False):
-    """-> model in eval mode, on its device.
+def load_model(args, trained: bool = True, name: str | None = None, split: bool = True):
+    """args.model, or another name, as a transformers model on args.device, in eval mode.
 
-    dtype `auto` is float32 on the CPU and bfloat16 elsewhere; the optimiser keeps float32 masters of bfloat16 weights.
-    lora_rank > 0 wraps all linear maps of the blocks with peft and leaves only the adapters trainable; `adapter` is the folder
-    of a saved one to go on from. On several ranks the weights are split over them, unless the caller does that. cuda_graphs:
-    sample() replays recorded steps of it. frozen: no weight is trained. Raises BadInput for a model or a device that is not
-    there, or for a model of another kind.
+    trained: weights in float32, or with args.lora_rank float32 adapters on a base in the compute
+    dtype. Otherwise frozen, in the compute dtype. On several ranks the weights are split, unless
+    the caller does that. Raises BadInput.
     """
-    place = pick_device(device)
-    if cuda_graphs and (place.type != "cuda" or size() > 1):  # FSDP's streams would be caught in a recording and never leave it
-        raise BadInput(f"--cuda-graphs: the device is {place} and there are {size()} processes; it needs a CUDA device and one")
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(dtype) or (
-        torch.float32 if place.type == "cpu" else torch.bfloat16)
-    model = _from_pretrained(AutoModelForCausalLM, name, dtype=dtype, attn_implementation="grouped_sdpa", use_safetensors=True)
-    refuse_foreign(model.config)
-    model.requires_grad_(not frozen)
+    device = pick_device(args.device)
+    by_device = "float32" if device.type == "cpu" else "bfloat16"
+    compute = getattr(torch, by_device if args.dtype == "auto" else args.dtype)
+    adapters = trained and args.lora_rank > 0
+    stored = torch.float32 if trained and not adapters else compute
+    model, report = from_pretrained(AutoModelForCausalLM, name or args.model, dtype=stored,
+                                    use_safetensors=True, output_loading_info=True)
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise BadInput(f"--model {name or args.model}: {len(missing)} weights are not in its "
+                       f"files, {missing[0]} for one")
+    lm = causal_lm(model)
+    no_dropout(lm)
+    lm.compute_dtype = compute
+    model.requires_grad_(trained)
+    if lm.config.hidden_size <= SMALL and device.type == "cpu":
+        torch.set_num_threads(1)  # matrices too small to split: tests/benchmarks/threads.py
+    if lm.config.hidden_size > SMALL and trained:
+        enable_recomputing(model)
     if size() == 1:
-        model.to(place)
-    if lora_rank:  # adapters in the model's dtype, as they have float32 masters: peft would compute with them in float32
-        from peft import LoraConfig, PeftModel, get_peft_model
-        model = (PeftModel.from_pretrained(model, adapter, is_trainable=True, autocast_adapter_dtype=False) if adapter else
-                 get_peft_model(model, LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear"),
-                                autocast_adapter_dtype=False))
-    pick_threads(place.type == "cpu" and model.config.hidden_size <= 256)
-    causal_lm(model).cuda_graphs = cuda_graphs
-    if model.config.hidden_size > 256:  # the name has changed in transformers 5.2x
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        model.to(device)
+    if adapters:
+        model = add_adapters(model, args.lora_rank)
     if size() > 1 and split:
-        lm = causal_lm(model)
-        shard(lm, lm.model.layers, place, dtype)
-        with torch.no_grad():
-            lm(input_ids=torch.zeros(1, 1, dtype=torch.long, device=place))
+        shard(lm, lm.model.layers, device, compute)
+        with torch.no_grad():  # the first forward tells FSDP which part is the root
+            lm(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device))
         lm.reshard()
     return model.eval()
 
 
-def initial_model(cfg, model):
-    """The model a run started from, frozen, as the reference of a KL -> a function that opens it: `with reference() as initial`.
+def causal_lm(model):
+    """The transformers model, also when peft has wrapped it: has .model.layers and .lm_head."""
+    lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not hasattr(lm, "lm_head") or not hasattr(getattr(lm, "model", None), "layers"):
+        raise BadInput(f"{type(lm).__name__} is not supported: it has no model.layers and lm_head "
+                       "(Qwen2, Qwen3, Llama, Mistral and their kin have)")
+    return lm
 
-    With adapters it is the model itself, adapters off, and costs nothing; otherwise --model is loaded a second time, so that a
-    resumed run has the same reference.
+
+def no_dropout(model) -> None:
+    """Sampling has none, so training must not have it either, or the ratio is noise."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def enable_recomputing(model) -> None:
+    """Blocks are computed again in the backward pass instead of being kept."""
+    enable = getattr(model, "activation_checkpointing_enable", None)  # its name from 5.2x on
+    enable = enable or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def add_adapters(model, rank: int):
+    """Low-rank adapters (peft) on all linear maps of the blocks; only they are trained."""
+    from peft import LoraConfig, get_peft_model  # slow to import
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    return get_peft_model(model, config)
+
+
+def autocast(model):
+    """`with autocast(model):` matrix products are in the compute dtype."""
+    lm = causal_lm(model)
+    dtype = getattr(lm, "compute_dtype", torch.float32)
+    return torch.autocast(lm.device.type, dtype, enabled=dtype != torch.float32)
+
+
+@contextlib.contextmanager
+def linear_maps_cast(model):
+    """Inside, linear maps hold weights in the compute dtype: autocast would cast at each token.
+
+    Embedding and norms stay float32, as they are in training, so the function is the same.
+    """
+    dtype = getattr(causal_lm(model), "compute_dtype", torch.float32)
+    maps = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    kept = [module.weight for module in maps]
+    if size() == 1:  # FSDP has its own way
+        for module in maps:
+            if module.weight.dtype != dtype:
+                module.weight = nn.Parameter(module.weight.to(dtype), requires_grad=False)
+    try:
+        yield
+    finally:
+        for module, weight in zip(maps, kept, strict=True):
+            module.weight = weight
+
+
+def reference_model(args, model):
+    """The model a run started from, as `with reference() as initial:`; for a KL.
+
+    With adapters it is the model with them switched off, and costs nothing.
     """
     if hasattr(model, "disable_adapter"):
         @contextlib.contextmanager
-        def adapters_off():
+        def without_adapters():
             with model.disable_adapter():
                 yield model
-        return adapters_off
-    frozen = load_model(cfg.model, cfg.device, cfg.dtype, frozen=True)
+        return without_adapters
+    frozen = load_model(args, trained=False)
     return lambda: contextlib.nullcontext(frozen)
 
 
-def causal_lm(model):
-    """The transformers model itself, also when peft has wrapped it (adapters stay in place): has .model and .lm_head."""
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if not hasattr(model, "lm_head") or not hasattr(getattr(model, "model", None), "layers"):
-        raise BadInput(f"{type(model).__name__} is not supported: need model.model.layers, model.model.norm and model.lm_head "
-                       "(Qwen2, Qwen3, Llama, Mistral and their kin)")
-    return model
-
-
 def stop_ids(model, tokenizer) -> list[int]:
-    """Token ids that end an answer: the tokenizer's end token and all that the model's generation config names."""
+    """Token ids that end an answer: the tokenizer's end token, and the generation config's."""
     named = model.generation_config.eos_token_id
-    named = named if isinstance(named, list) else [named]
-    return sorted({i for i in [tokenizer.eos_token_id, *named] if i is not None})
+    if not isinstance(named, list):
+        named = [named]
+    return sorted({tokenizer.eos_token_id, *named} - {None})
 
 
-def memory_plan(model, rows: int, tokens: int, micro_batch_tokens: int, max_rows: int | None = None, frozen: int = 0,
-                offload: bool = False, critic: bool = False) -> dict[str, float]:
-    """GiB that a step will hold at its peak, by part. rows x tokens is a rollout, of which max_rows are decoded at once (default:
-    as many as sample() will take once the moments and the other models are there).
+def memory_estimate(model, rows: int, tokens: int, micro_batch_tokens: int) -> str:
+    """One line: GiB of weights and optimiser, and of sampling or training, whichever is larger.
 
-    Weights, masters and moments stay, and so do `frozen` more models (a reference) and, with `critic`, a second trunk that is
-    trained like the first; of the cache (sampling) and of gradients with activations (training) only the larger counts.
-    On N ranks it is the plan of each: all in N parts, but for weights while they are gathered. offload: what the optimiser
-    holds is on the CPU.
+    rows x tokens is a rollout. A second model (a reference, a critic) is not counted.
     """
-    config, lm = model.config, causal_lm(model)
-    numel = {p: p.numel() for p in lm.parameters()}
-    trained = sum(n for p, n in numel.items() if p.requires_grad)
-    item, N = (getattr(lm, "narrow", None) or next(lm.parameters()).dtype).itemsize, size()
-    trunk = {p: numel[p] for p in lm.model.parameters()} if critic else {}
-    learns = sum(n for p, n in trunk.items() if p.requires_grad)
-    master = 4 if item < 4 or N > 1 or offload else 0
-    # a checkpointed block keeps its input; one block at a time keeps everything: about 12 widths and 4 of the inner width
-    block = (12 * config.hidden_size + 4 * config.intermediate_size) * item
-    checkpointed = config.hidden_size > 256
-    kept = config.num_hidden_layers * (config.hidden_size * item if checkpointed else block)
-    activation_token = (1 + critic) * kept + checkpointed * block
-    plan = {
-        "weights": sum(numel.values()) * item,
-        "reference": frozen * sum(numel.values()) * item / N,
-        "frozen weights at rest": (sum(numel.values()) - trained) * item / N if N > 1 else 0,
-        "critic": sum(n for p, n in trunk.items() if N == 1 or not p.requires_grad) * item / N,
-        "float32 masters": master * (trained + learns) / N,
-        "gradients": 4 * (trained + learns) / N,
-        "Adam moments": 8 * (trained + learns) / N,
-        "cache and logits while sampling": row_bytes(model, tokens),
-        "activations": activation_token * min(micro_batch_tokens, rows * tokens),
-        "logits chunk": 6 * 4 * min(1 << 26, config.vocab_size * micro_batch_tokens),  # softmax, and gradients of both uses of it
-    }
-    coming = plan["reference"] + plan["critic"] + (N > 1) * plan["weights"]
-    if offload and next(lm.parameters()).device.type != "cpu":
-        held = [plan.pop(name) for name in ("float32 masters", "gradients", "Adam moments")]
-        print(f"in the CPU's memory, GiB: masters, gradients and moments {sum(held) / 2**30:.1f}")
-    else:
-        coming += plan["Adam moments"] + master * learns / N
-    plan["cache and logits while sampling"] *= min(rows, max_rows or max_rows_for(model, tokens, coming))
-    of_block = sum(numel[p] for p in lm.model.layers[0].parameters()) * item
-    sampling = plan["cache and logits while sampling"]
-    training = plan.get("gradients", 0) + plan["activations"] + plan["logits chunk"]
-    if N > 1:  # while training, a block and the next are gathered
-        training -= (config.num_hidden_layers - 2) * of_block
-    stay = ("weights", "reference", "critic", "frozen weights at rest", "float32 masters", "Adam moments")
-    plan["peak"] = sum(plan.get(name, 0) for name in stay) + max(sampling, training)
-    return {name: value / 2**30 for name, value in plan.items()}
+    config = causal_lm(model).config
+    compute = causal_lm(model).compute_dtype.itemsize
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    in_compute = sum(p.numel() for p in model.parameters()) * compute
+    if compute == 4 or model.dtype != torch.float32:
+        in_compute = 0  # no copy of the weights is made
+    kept = config.hidden_size * config.num_hidden_layers * compute
+    block = (12 * config.hidden_size + 4 * config.intermediate_size) * compute
+    if config.hidden_size <= SMALL:  # nothing is computed again
+        kept = block * config.num_hidden_layers
+        block = 0
+    logits = 6 * 4 * min(1 << 26, config.vocab_size * micro_batch_tokens)
+    batch = min(micro_batch_tokens, rows * tokens)
+    training = 4 * trained + in_compute + (kept + block) * batch + logits
+    at_once = min(rows, rows_at_once(model, tokens))
+    sampling = in_compute + row_bytes(model, tokens) * at_once
+    peak = weights / size() + 8 * trained / size() + max(training / size(), sampling)
+    gib = [f"{x / 2**30:.2f}" for x in (weights, 8 * trained, sampling, training, peak)]
+    return (f"memory, GiB: weights {gib[0]}, Adam {gib[1]}, sampling {gib[2]} or training "
+            f"{gib[3]}: about {gib[4]}")
 
 
 def row_bytes(model, tokens: int) -> int:
-    """What an answer of `tokens` tokens, prompt included, takes while it is sampled: keys and values, and a token's logits."""
-    config = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    item = (getattr(causal_lm(model), "narrow", None) or next(model.parameters()).dtype).itemsize
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * tokens * item + LOGIT_BYTES * config.vocab_size
+    """Bytes of one answer of so many tokens while it is sampled: keys, values, one token's logits."""
+    config = causal_lm(model).config
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    item = causal_lm(model).compute_dtype.itemsize
+    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * head * tokens * item
+    return cache + 20 * config.vocab_size
 
 
-def max_rows_for(model, tokens: int, coming: float = 0.0) -> int:
-    """How many answers of `tokens` tokens are decoded at once: cache and logits take at most a SHARE of what is free (8 GiB on a
-    CPU) once what is `coming`, in bytes, is there. While the cache is moved, two of its layers come on top."""
-    device = next(model.parameters()).device
-    free, card = (8 << 30) / SHARE, torch.get_device_module(device)
-    if hasattr(card, "mem_get_info"):  # what torch has reserved but not handed out is free as well
-        free = card.mem_get_info(device)[0] + card.memory_reserved(device) - card.memory_allocated(device) - coming
-    return max(1, min(512, math.floor(SHARE * free / row_bytes(model, tokens))))
-
-
-def peak_bytes() -> float:
-    """The most memory so far: of the GPU if there is one, else the resident set; NaN on Windows."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    if os.name == "nt":
-        return math.nan
-    import resource  # not on Windows
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def rows_at_once(model, tokens: int) -> int:
+    """How many answers are sampled at once: at most 512, and in 60 % of the memory that is free."""
+    free = 13 << 30  # on a CPU: no more than 8 GiB
+    device = causal_lm(model).device
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return max(1, min(512, int(0.6 * free / row_bytes(model, tokens))))

@@ -545,3 +545,6 @@ def main(path: str = "") -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:2])
+
+
+verify = reward
