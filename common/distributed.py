@@ -85,6 +85,7 @@ def shard(root, blocks, device, dtype, float32_parts=()) -> None:
         policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
         fully_shard(module, mesh=mesh, mp_policy=policy)
         module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
 
 
 def gather_rest(module) -> None:
