@@ -148,11 +148,16 @@ def add_adapters(model, rank: int):
     return get_peft_model(model, config)
 
 
+def compute_dtype(model) -> torch.dtype:
+    """The dtype of matrix products: what load_model has set, of other models that of the weights."""
+    lm = causal_lm(model)
+    return getattr(lm, "compute_dtype", lm.dtype)
+
+
 def autocast(model):
     """`with autocast(model):` matrix products are in the compute dtype."""
-    lm = causal_lm(model)
-    dtype = getattr(lm, "compute_dtype", torch.float32)
-    return torch.autocast(lm.device.type, dtype, enabled=dtype != torch.float32)
+    dtype = compute_dtype(model)
+    return torch.autocast(causal_lm(model).device.type, dtype, enabled=dtype != torch.float32)
 
 
 @contextlib.contextmanager
@@ -161,7 +166,7 @@ def linear_maps_cast(model):
 
     Embedding and norms stay float32, as they are in training, so the function is the same.
     """
-    dtype = getattr(causal_lm(model), "compute_dtype", torch.float32)
+    dtype = compute_dtype(model)
     maps = [module for module in model.modules() if isinstance(module, nn.Linear)]
     kept = [module.weight for module in maps]
     if size() == 1:  # FSDP has its own way
@@ -204,7 +209,7 @@ def memory_estimate(model, rows: int, tokens: int, micro_batch_tokens: int) -> s
     rows x tokens is a rollout. A second model (a reference, a critic) is not counted.
     """
     config = causal_lm(model).config
-    compute = causal_lm(model).compute_dtype.itemsize
+    compute = compute_dtype(model).itemsize
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     in_compute = sum(p.numel() for p in model.parameters()) * compute
@@ -230,7 +235,7 @@ def row_bytes(model, tokens: int) -> int:
     """Bytes of one answer of so many tokens while it is sampled: keys, values, one token's logits."""
     config = causal_lm(model).config
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    item = causal_lm(model).compute_dtype.itemsize
+    item = compute_dtype(model).itemsize
     cache = 2 * config.num_hidden_layers * config.num_key_value_heads * head * tokens * item
     return cache + 20 * config.vocab_size
 

@@ -26,7 +26,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from common.arithmetic import LARGEST, make_problem
+from common.tiny.arithmetic import LARGEST, make_problem
 
 HERE = pathlib.Path(__file__).parent
 STYLES = {"direct": 0.45, "short": 0.40, "long": 0.15}  # how often each style is used when none is asked for
