@@ -4,7 +4,6 @@ Weights that are trained are float32 and matrix products are bfloat16 on a GPU, 
 that torch's own AdamW will do: at lr 1e-6 only one bfloat16 weight in fifty would move at all.
 """
 import contextlib
-import json
 import os
 import pathlib
 
@@ -149,7 +148,7 @@ def add_adapters(model, rank: int):
 
 
 def compute_dtype(model) -> torch.dtype:
-    """The dtype of matrix products: what load_model has set, of other models that of the weights."""
+    """Of matrix products: what load_model has set; of other models the weights' own."""
     lm = causal_lm(model)
     return getattr(lm, "compute_dtype", lm.dtype)
 
@@ -232,7 +231,7 @@ def memory_estimate(model, rows: int, tokens: int, micro_batch_tokens: int) -> s
 
 
 def row_bytes(model, tokens: int) -> int:
-    """Bytes of one answer of so many tokens while it is sampled: keys, values, one token's logits."""
+    """Bytes of one answer of so many tokens while it is sampled: keys, values, a token's logits."""
     config = causal_lm(model).config
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     item = compute_dtype(model).itemsize
