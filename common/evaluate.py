@@ -44,33 +44,51 @@ def evaluate(model, tokenizer, rows: list[dict], reward, k: int, max_new_tokens:
     batches = range(0, len(rows), 64)
     for start in tqdm(batches, "evaluating", leave=False, disable=rank() > 0):
         batch = rows[start:start + 64]
-        padded = batch + batch[-1:] * (-len(batch) % size())  # every rank needs one
+        padded = batch + batch[-1:] * (-len(batch) % size())  # each rank needs as many
         mine = share(padded)
         prompts = [encode_prompt(tokenizer, row["problem"], system) for row in mine]
-        rollout = sample(model, tokenizer, prompts, k, max_new_tokens, temperature, top_p,
-                         seed=seed + start)
-        found = []
-        for i, row in enumerate(mine):
-            group = slice(i * k, (i + 1) * k)
-            answer = {"problem": row["problem"], "answer": row["answer"],
-                      "responses": rollout.texts[group],
-                      "lengths": rollout.lengths[group].tolist(),
-                      "finished": rollout.finished[group].tolist()}
-            rewards = [float(reward(text, row)) for text in answer["responses"]]
-            ended = answer["finished"]
-            answer["rewards"] = [r * end for r, end in zip(rewards, ended, strict=True)]
-            found.append(answer)
-        together = zip(*everyone(found), strict=True)
-        answers += [answer for of_ranks in together for answer in of_ranks][:len(batch)]
+        rollout = sample(
+            model, tokenizer, prompts, k, max_new_tokens, temperature, top_p, seed=seed + start)
+        found = [rate(row, rollout, i * k, (i + 1) * k, reward) for i, row in enumerate(mine)]
+        for of_ranks in zip(*everyone(found), strict=True):
+            answers += of_ranks
+        del answers[start + len(batch):]
     means = [statistics.fmean(row["rewards"]) for row in answers]
-    error = statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else math.nan
+    error = math.nan
+    if len(means) > 1:
+        error = statistics.stdev(means) / math.sqrt(len(means))
     right = [sum(reward >= 1 for reward in row["rewards"]) for row in answers]
-    pass_at = {j: statistics.fmean(pass_at_k(k, c, j) for c in right) for j in range(1, k + 1)}
-    return {"avg_at_k": statistics.fmean(means), "standard_error": error, "pass_at": pass_at,
-            "k": k, "problems": len(rows),
-            "length": statistics.fmean(x for row in answers for x in row["lengths"]),
-            "truncated": 1 - statistics.fmean(x for row in answers for x in row["finished"]),
-            "answers": answers}
+    pass_at = {}
+    for j in range(1, k + 1):
+        pass_at[j] = statistics.fmean(pass_at_k(k, c, j) for c in right)
+    finished = [ended for row in answers for ended in row["finished"]]
+    return {
+        "avg_at_k": statistics.fmean(means),
+        "standard_error": error,
+        "k": k,
+        "problems": len(rows),
+        "pass_at": pass_at,
+        "length": statistics.fmean(n for row in answers for n in row["lengths"]),
+        "truncated": 1 - statistics.fmean(finished),
+        "answers": answers,
+    }
+
+
+def rate(row: dict, rollout, start: int, end: int, reward) -> dict:
+    """A problem's answers, rows start to end of a rollout, with their rewards."""
+    texts = rollout.texts[start:end]
+    finished = rollout.finished[start:end].tolist()
+    rewards = []
+    for text, ended in zip(texts, finished, strict=True):
+        rewards.append(float(reward(text, row)) if ended else 0.0)
+    return {
+        "problem": row["problem"],
+        "answer": row["answer"],
+        "responses": texts,
+        "lengths": rollout.lengths[start:end].tolist(),
+        "finished": finished,
+        "rewards": rewards,
+    }
 
 
 def describe(result: dict) -> str:
@@ -113,7 +131,7 @@ def main(argv=None):
     args = parse_args(Args, REAL, __doc__, argv)
     if args.output and pathlib.Path(args.output).exists():
         raise BadInput(f"--output {args.output}: exists already")
-    rate = load_reward(args.reward) if args.reward else reward
+    reward_of = load_reward(args.reward) if args.reward else reward
     tokenizer = load_tokenizer(args.model)
     model = load_model(args, trained=False)
     rows = load_problems(args.data, "test", True, args.seed, args.problems)
@@ -121,7 +139,7 @@ def main(argv=None):
     rows = drop_long_prompts(tokenizer, rows, args.system, context - args.max_new_tokens)
     first = encode_prompt(tokenizer, rows[0]["problem"], args.system)
     print(f"first prompt: {tokenizer.decode(first)!r}")
-    result = evaluate(model, tokenizer, rows, rate, args.k, args.max_new_tokens,
+    result = evaluate(model, tokenizer, rows, reward_of, args.k, args.max_new_tokens,
                       args.temperature, args.top_p, args.seed, args.system)
     print(describe(result))
     print("   ".join(f"Pass@{j} {value:.3f}" for j, value in result["pass_at"].items()))

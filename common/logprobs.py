@@ -16,11 +16,13 @@ from common.sampling import join
 
 def chunk_logprobs(hidden, weight, targets, temperature):
     """(n, D), (V, D), (n,) -> logp (n,), entropy (n,). Float32 logits exist only in here."""
-    logits = (hidden @ weight.T).float() / temperature                          # (n, V)
+    logits = hidden @ weight.T                                                  # (n, V)
+    logits = logits.float() / temperature
     log_z = logits.logsumexp(-1)                                                # (n,)
-    logp = logits[torch.arange(len(targets)), targets] - log_z                  # (n,)
-    entropy = log_z - (torch.softmax(logits, -1) * logits).sum(-1)              # (n,) -sum p log p
-    return logp, entropy
+    rows = torch.arange(len(targets), device=targets.device)                    # (n,)
+    logp = logits[rows, targets] - log_z                                        # (n,)
+    mean = (logits.softmax(-1) * logits).sum(-1)                                # (n,)
+    return logp, log_z - mean                                                   # -sum p log p
 
 
 def token_logprobs(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
@@ -30,16 +32,17 @@ def token_logprobs(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Te
     hidden (N, D), weight (V, D), targets (N,) -> logp (N,), entropy (N,). `chunk` tokens at a
     time, default 2^26 logits, a quarter of a GiB; the backward pass computes them again.
     """
-    chunk = chunk or max(1, (1 << 26) // len(weight))
-    pieces = []
+    chunk = chunk or max(1, 2**26 // len(weight))
+    if len(hidden) <= chunk:  # a single chunk gains nothing from being computed twice
+        return chunk_logprobs(hidden, weight, targets, temperature)
+    logps = []
+    entropies = []
     for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-        if len(hidden) <= chunk:  # a single chunk gains nothing from being computed twice
-            pieces.append(chunk_logprobs(h, weight, y, temperature))
-        else:
-            pieces.append(checkpoint(chunk_logprobs, h, weight, y, temperature,
-                                     use_reentrant=False))
-    logp, entropy = zip(*pieces, strict=True)
-    return torch.cat(logp), torch.cat(entropy)
+        logp, entropy = checkpoint(
+            chunk_logprobs, h, weight, y, temperature, use_reentrant=False)     # (n,) each
+        logps.append(logp)
+        entropies.append(entropy)
+    return torch.cat(logps), torch.cat(entropies)
 
 
 def states_before_answers(model, rollout, trunk=None) -> torch.Tensor:
@@ -49,9 +52,10 @@ def states_before_answers(model, rollout, trunk=None) -> torch.Tensor:
     """
     lm = causal_lm(model)
     gather_rest(lm)
+    trunk = trunk or lm.model
     ids, predicts = join(rollout.prompts, rollout.tokens, rollout.lengths)      # (B, S) each
-    hidden = (trunk or lm.model)(input_ids=ids, use_cache=False).last_hidden_state
-    return hidden[predicts]                                                     # (N, D)
+    output = trunk(input_ids=ids, use_cache=False)
+    return output.last_hidden_state[predicts]                                   # (N, D)
 
 
 def response_logprobs(model, rollout, temperature: float = 1.0, trunk=None) -> torch.Tensor:
@@ -85,13 +89,17 @@ def micro_batches(rollout, rows: torch.Tensor, budget: int) -> list[torch.Tensor
     sizes = {}
     for row in rows.tolist():
         sizes[row] = len(rollout.prompts[row]) + int(rollout.lengths[row])
+    longest_first = sorted(sizes, key=lambda row: (-sizes[row], row))
     parts = []
-    for row in sorted(sizes, key=lambda row: (-sizes[row], row)):
-        if not parts or (len(parts[-1]) + 1) * sizes[parts[-1][0]] > budget:
+    width = 0
+    for row in longest_first:
+        if not parts or (len(parts[-1]) + 1) * width > budget:
             parts.append([])
+            width = sizes[row]
         parts[-1].append(row)
     most = max(everyone(len(parts)))
-    parts += [[]] * (most - len(parts))
+    while len(parts) < most:
+        parts.append([])
     return [torch.tensor(part, dtype=torch.long, device=rows.device) for part in parts]
 
 

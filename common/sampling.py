@@ -10,7 +10,7 @@ Each token of each answer has a random number of its own, so an answer depends o
 the model alone: not on which rows are decoded together, nor on the number of processes. logp is
 that of the full softmax at the sampling temperature, which training computes again.
 """
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from transformers import DynamicCache
@@ -34,11 +34,20 @@ class Rollout:
     def __getitem__(self, rows: torch.Tensor) -> "Rollout":
         """The rows with these numbers (b,). T stays, so they line up with the whole rollout."""
         chosen = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            is_tensor = torch.is_tensor(value)
-            chosen[field.name] = value[rows] if is_tensor else [value[i] for i in rows.tolist()]
+        for name, value in vars(self).items():
+            if torch.is_tensor(value):
+                chosen[name] = value[rows]
+            else:
+                chosen[name] = [value[i] for i in rows.tolist()]
         return Rollout(**chosen)
+
+
+@dataclass
+class Draw:
+    """How a token is drawn from the logits."""
+    temperature: float
+    top_p: float
+    repetition_penalty: float
 
 
 def sample(model, tokenizer, prompts: list[list[int]], n: int, max_new_tokens: int,
@@ -54,115 +63,144 @@ def sample(model, tokenizer, prompts: list[list[int]], n: int, max_new_tokens: i
     """
     if not prompts or not all(prompts):
         raise ValueError("sample needs at least one prompt and no empty one")
-    if n < 1 or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"sample: {n=}, {max_new_tokens=}, {temperature=} or {top_p=} is wrong")
-    if repetition_penalty <= 0:
-        raise ValueError(f"sample: {repetition_penalty=} must be above 0")
+    if n < 1 or max_new_tokens < 1:
+        raise ValueError(f"sample: {n=} and {max_new_tokens=} must be at least 1")
+    if temperature < 0 or not 0 < top_p <= 1 or repetition_penalty <= 0:
+        raise ValueError(f"sample: {temperature=}, {top_p=}, {repetition_penalty=} out of range")
     lm = causal_lm(model)
     was_training = model.training
     model.eval()
 
-    # A random number for every token of every answer of all ranks, of which this rank takes its.
+    # A random number for every token of every answer of all ranks; this rank takes its own.
+    ranks, first = (1, 0) if alone else (size(), rank())
+    shape = (len(prompts) * ranks, n, max_new_tokens)
     generator = torch.Generator().manual_seed(seed)
-    ranks = 1 if alone else size()
-    all_noise = torch.rand(len(prompts) * ranks, n, max_new_tokens, dtype=torch.float64,
-                           generator=generator)
-    noise = all_noise[0 if alone else rank()::ranks].flatten(0, 1)                # (B, T)
+    noise = torch.rand(shape, dtype=torch.float64, generator=generator)
+    noise = noise[first::ranks].flatten(0, 1)                                     # (B, T)
     owner = torch.arange(len(prompts)).repeat_interleave(n)                       # (B,)
 
+    # As many rows at once as fit in memory.
     longest = max(len(prompt) for prompt in prompts) + max_new_tokens
     max_rows = max_rows or rows_at_once(model, longest)
     stop = torch.tensor(stop_ids(lm, tokenizer), device=lm.device)
+    draw = Draw(temperature, top_p, repetition_penalty)
     pieces = []
     with gathered(lm), linear_maps_cast(model), autocast(model):
-        for part, part_noise in zip(owner.split(max_rows), noise.split(max_rows), strict=True):
-            first, last = int(part[0]), int(part[-1])
-            pieces.append(decode(lm, prompts[first:last + 1], part - first, part_noise, stop,
-                                 temperature, top_p, repetition_penalty))
+        for rows, row_noise in zip(owner.split(max_rows), noise.split(max_rows), strict=True):
+            start, end = int(rows[0]), int(rows[-1]) + 1
+            piece = decode(lm, prompts[start:end], rows - start, row_noise, stop, draw)
+            pieces.append(piece)
     model.train(was_training)
 
-    tokens, logp, entropy, lengths, finished = (
-        torch.cat(tensors) for tensors in zip(*pieces, strict=True))
+    tokens, logp, entropy, lengths, finished = map(torch.cat, zip(*pieces, strict=True))
     T = int(lengths.max())
     mask = (torch.arange(T, device=lm.device) < lengths[:, None]).float()         # (B, T)
-    answers = [row[:k] for row, k in zip(tokens.tolist(), lengths.tolist(), strict=True)]
+    answers = []
+    for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True):
+        answers.append(row[:length])
     return Rollout(
-        prompts=[prompts[i] for i in owner.tolist()], tokens=tokens[:, :T], lengths=lengths,
-        mask=mask, logp=logp[:, :T], entropy=entropy[:, :T], finished=finished,
+        prompts=[prompts[i] for i in owner.tolist()],
+        tokens=tokens[:, :T],
+        lengths=lengths,
+        mask=mask,
+        logp=logp[:, :T],
+        entropy=entropy[:, :T],
+        finished=finished,
         texts=tokenizer.batch_decode(answers, skip_special_tokens=True))
 
 
 @torch.inference_mode()
-def decode(lm, prompts, owner, noise, stop, temperature, top_p, repetition_penalty):
+def decode(lm, prompts, owner, noise, stop, draw):
     """One answer for each of owner (B,), the numbers of their prompts; noise (B, T) in [0, 1).
 
     -> tokens (B, T), logp (B, T), entropy (B, T), lengths (B,), finished (B,).
     """
     device = lm.device
     B, max_new_tokens = noise.shape
-    precise = torch.float32 if device.type == "mps" else torch.float64            # Apple has none
-    noise, owner = noise.to(device, precise), owner.to(device)
+    precise = torch.float32 if device.type == "mps" else torch.float64  # Apple's has no float64
+    noise = noise.to(device, precise)
+    owner = owner.to(device)
 
     # 1. Read each prompt once, padded on the left, and copy its cache to its answers.
-    width = max(len(prompt) for prompt in prompts)
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)       # (P, S)
-    is_token = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
-    visible = torch.tensor(is_token, device=device)                                        # (P, S)
-    position = (visible.cumsum(1) - 1).clamp(min=0)                                        # (P, S)
+    ids, visible = pad_left(prompts, device)                             # (P, S) each
+    position = (visible.cumsum(1) - 1).clamp(min=0)                      # (P, S)
     cache = DynamicCache(config=lm.config)
-    logits = lm(ids, visible, position, cache, use_cache=True, logits_to_keep=1).logits    # by place
+    output = lm(ids, visible, position, cache, use_cache=True, logits_to_keep=1)
+    logits = output.logits[owner, -1]                                    # (B, V)
     cache.batch_select_indices(owner)
-    logits = logits[owner, -1]                                                             # (B, V)
-    visible, position = visible[owner], position[owner, -1:]                       # (B, S), (B, 1)
+    visible = visible[owner]                                             # (B, S)
+    position = position[owner, -1:]                                      # (B, 1)
 
     # 2. Draw a token for every answer until all of them have stopped.
-    tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)               # (B, T)
-    logp = torch.zeros(B, max_new_tokens, device=device)                                   # (B, T)
-    entropy = torch.zeros_like(logp)                                                       # (B, T)
-    lengths = torch.zeros(B, dtype=torch.long, device=device)                              # (B,)
-    running = torch.arange(B, device=device)                                               # (R,)
-    said = None
-    if repetition_penalty != 1:
-        said = torch.zeros_like(logits, dtype=torch.bool)                                  # (B, V)
-        for row, prompt in enumerate(owner.tolist()):
-            said[row, prompts[prompt]] = True
+    tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)  # (B, T)
+    logp = torch.zeros(B, max_new_tokens, device=device)                 # (B, T)
+    entropy = torch.zeros(B, max_new_tokens, device=device)              # (B, T)
+    lengths = torch.zeros(B, dtype=torch.long, device=device)            # (B,)
+    running = torch.arange(B, device=device)                             # (R,)
+    said = torch.zeros_like(logits, dtype=torch.bool)                    # (B, V), for the penalty
+    for row, prompt in enumerate(owner.tolist()):
+        said[row, prompts[prompt]] = True
     for t in range(max_new_tokens):
-        scores = logits.float()                                                            # (R, V)
-        full = (scores / (temperature or 1.0)).log_softmax(-1)                             # (R, V)
+        scores = logits.float()                                          # (R, V)
+        full = log_softmax(scores, draw.temperature)                     # (R, V)
         drawn_from = full
-        if said is not None:
-            weaker = torch.where(scores > 0, scores / repetition_penalty,
-                                 scores * repetition_penalty)
-            scores = torch.where(said[running], weaker, scores)
-            drawn_from = (scores / (temperature or 1.0)).log_softmax(-1)
-        if top_p < 1:
-            drawn_from = keep_top_p(drawn_from, top_p)
-        token = pick(drawn_from.exp(), noise[running, t])                                  # (R,)
-        if temperature == 0:
-            token = drawn_from.argmax(-1)
+        if draw.repetition_penalty != 1:
+            weaker = weaken(scores, said[running], draw.repetition_penalty)
+            drawn_from = log_softmax(weaker, draw.temperature)
+        if draw.top_p < 1:
+            drawn_from = keep_top_p(drawn_from, draw.top_p)
+        if draw.temperature == 0:
+            token = drawn_from.argmax(-1)                                # (R,)
+        else:
+            token = pick(drawn_from.exp(), noise[running, t])            # (R,)
         tokens[running, t] = token
         logp[running, t] = full.gather(1, token[:, None])[:, 0]
         entropy[running, t] = -(full.exp() * full.clamp(min=-1e4)).sum(-1)
         lengths[running] = t + 1
-        if said is not None:
-            said[running, token] = True
+        said[running, token] = True
 
         # Answers that have stopped leave the batch.
-        going_on = ~torch.isin(token, stop)                                                # (R,)
+        going_on = ~torch.isin(token, stop)                              # (R,)
         if not going_on.all():
-            running, token = running[going_on], token[going_on]
-            visible, position = visible[going_on], position[going_on]
+            running = running[going_on]
+            token = token[going_on]
+            visible = visible[going_on]
+            position = position[going_on]
             cache.batch_select_indices(going_on.nonzero()[:, 0])
         if len(running) == 0 or t + 1 == max_new_tokens:
             break
-        visible = torch.cat([visible, torch.ones_like(token[:, None])], 1)
+        token = token[:, None]                                           # (R, 1)
+        visible = torch.cat([visible, torch.ones_like(token)], 1)        # (R, S)
         position = position + 1
-        logits = lm(token[:, None], visible, position, cache, use_cache=True).logits[:, -1]
+        logits = lm(token, visible, position, cache, use_cache=True).logits[:, -1]
 
     # 3. What is still running has been cut off.
-    finished = torch.ones(B, dtype=torch.bool, device=device)                              # (B,)
+    finished = torch.ones(B, dtype=torch.bool, device=device)            # (B,)
     finished[running] = False
     return tokens, logp, entropy, lengths, finished
+
+
+def pad_left(prompts: list[list[int]], device):
+    """-> ids (P, S), and 1 where there is a token (P, S)."""
+    width = max(len(prompt) for prompt in prompts)
+    ids = []
+    visible = []
+    for prompt in prompts:
+        padding = [0] * (width - len(prompt))
+        ids.append(padding + prompt)
+        visible.append(padding + [1] * len(prompt))
+    return torch.tensor(ids, device=device), torch.tensor(visible, device=device)
+
+
+def log_softmax(scores: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Log-probs (R, V) at a temperature; of greedy decoding (0) those at 1."""
+    return (scores / (temperature or 1.0)).log_softmax(-1)
+
+
+def weaken(scores: torch.Tensor, said: torch.Tensor, penalty: float) -> torch.Tensor:
+    """Scores (R, V) with those of tokens said (R, V) divided by the penalty, or, below 0, times it."""
+    weaker = torch.where(scores > 0, scores / penalty, scores * penalty)
+    return torch.where(said, weaker, scores)
 
 
 def pick(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -193,12 +231,14 @@ def join(prompts: list[list[int]], tokens: torch.Tensor, lengths: torch.Tensor):
     single token that predicts nothing.
     """
     rows = []
-    predicts = []
-    for prompt, answer, k in zip(prompts, tokens.tolist(), lengths.tolist(), strict=True):
-        rows.append(prompt + answer[:k])
-        predicts.append([False] * (len(prompt) - 1) + [True] * k + [False])
-    rows, predicts = rows or [[0]], predicts or [[False]]
+    inside = []
+    for prompt, answer, length in zip(prompts, tokens.tolist(), lengths.tolist(), strict=True):
+        rows.append(prompt + answer[:length])
+        inside.append([False] * (len(prompt) - 1) + [True] * length + [False])
+    if not rows:
+        rows, inside = [[0]], [[False]]
     S = max(len(row) for row in rows)
-    ids = torch.tensor([row + [0] * (S - len(row)) for row in rows], device=tokens.device)
-    inside = [row + [False] * (S - len(row)) for row in predicts]
-    return ids, torch.tensor(inside, device=tokens.device)
+    ids = [row + [0] * (S - len(row)) for row in rows]
+    predicts = [row + [False] * (S - len(row)) for row in inside]
+    device = tokens.device
+    return torch.tensor(ids, device=device), torch.tensor(predicts, device=device)

@@ -23,11 +23,11 @@ def solve(numbers: list[int], operators: list[str]) -> list[tuple[int, str, int,
             if operators[i] not in precedence:
                 i += 1
                 continue
-            a, b = numbers[i], numbers[i + 1]
+            a, b = numbers[i:i + 2]
             operator = operators.pop(i)
-            result = {"+": a + b, "-": a - b, "*": a * b}[operator]
-            numbers[i:i + 2] = [result]
-            steps.append((a, operator, b, result))
+            results = {"+": a + b, "-": a - b, "*": a * b}
+            numbers[i:i + 2] = [results[operator]]
+            steps.append((a, operator, b, results[operator]))
     return steps
 
 
@@ -39,7 +39,8 @@ def is_held_out(problem: str) -> bool:
 def make_problem(rng: random.Random, held_out: bool) -> tuple[str, list[int], list[str]]:
     """One problem of the wanted part -> text, numbers, operators. At most one product."""
     while True:
-        operators = [rng.choice("+-") for _ in range(rng.choice((2, 3)))]
+        count = rng.choice((2, 3))
+        operators = [rng.choice("+-") for _ in range(count)]
         if rng.random() < 0.6:
             operators[rng.randrange(len(operators))] = "*"
         numbers = [rng.randint(2, 49) for _ in range(len(operators) + 1)]
@@ -47,9 +48,12 @@ def make_problem(rng: random.Random, held_out: bool) -> tuple[str, list[int], li
             if operator == "*":
                 numbers[i] = rng.randint(2, 9)
                 numbers[i + 1] = rng.randint(2, 12)
-        pairs = zip(numbers, [*operators, ""], strict=True)
-        problem = "Compute " + "".join(f"{n}{o}" for n, o in pairs) + "."
-        in_range = all(0 <= step[3] <= LARGEST for step in solve(numbers, operators))
+        expression = str(numbers[0])
+        for operator, number in zip(operators, numbers[1:], strict=True):
+            expression += f"{operator}{number}"
+        problem = f"Compute {expression}."
+        results = [step[3] for step in solve(numbers, operators)]
+        in_range = min(results) >= 0 and max(results) <= LARGEST
         if in_range and is_held_out(problem) == held_out:
             return problem, numbers, operators
 
@@ -61,4 +65,4 @@ def arithmetic_problems(count: int, held_out: bool, seed: int = 0) -> list[dict]
     while len(answers) < count:
         problem, numbers, operators = make_problem(rng, held_out)
         answers[problem] = str(solve(numbers, operators)[-1][3])
-    return [{"problem": problem, "answer": answer} for problem, answer in answers.items()]
+    return [{"problem": text, "answer": answer} for text, answer in answers.items()]
