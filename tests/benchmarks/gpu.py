@@ -1,61 +1,64 @@
-"""On a GPU, at Qwen3-4B's shapes with random weights: is it right, how fast, how near to what the card can do, how much memory?
+"""One card at Qwen3-4B's shapes, random weights: is it right, how fast, how much memory.
 
-    python tests/benchmarks/gpu.py                    # minutes on an 80 GB card (not run on one yet); prints Markdown
-    python tests/benchmarks/gpu.py --toy              # the same code on anything, in seconds: numbers without meaning
+    python tests/benchmarks/gpu.py                # one 80 GB card, about 6 minutes; prints Markdown
+    python tests/benchmarks/gpu.py --toy          # the same code anywhere; numbers without meaning
 
-Correct: log-probs and entropies of a small model on the card, float32 and bfloat16, against float32 on the CPU, and the sampler's against
-the trainer's, in the plain loop and with recorded steps. Decoding: tokens/s of common/sampling.py, both ways, of model.generate, which
-is what TRL's trainer calls, and of transformers' continuous batching, against the floor (weights and cache read once a step, at
-the measured copy rate). Training: tokens/s and the share of the measured bfloat16 matmul rate, 6 FLOPs a weight and token and 8
-with blocks computed twice. Both also with answers of many lengths, other ones in every round, without and with cuDNN's attention,
-which plans anew for every shape (common/models.py turns it off). Memory: the plan against the measured peak.
+Rows are printed as they come, the most valuable first, and appended to $OUT/gpu.md if OUT is set.
+The floor of decoding is the time to read weights and cache once per token at the measured copy
+rate; training's is 8 FLOPs per weight and token (6, and 2 for blocks that are computed twice) at
+the measured rate of a matrix product.
 """
 import argparse
+import datetime
 import gc
-import math
 import os
-import platform
+import pathlib
+import subprocess
 import sys
 import time
-from dataclasses import replace
-from pathlib import Path
+from types import SimpleNamespace
 
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from transformers import Qwen3Config, Qwen3ForCausalLM  # noqa: E402
+import torch
+import transformers
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+ROOT = pathlib.Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
 from common.logprobs import micro_batches, response_logprobs  # noqa: E402
-from common.models import TINY, load_tokenizer, memory_plan  # noqa: E402
-from common.optim import MasterAdamW  # noqa: E402
+from common.models import (  # noqa: E402
+    add_adapters,
+    enable_recomputing,
+    load_tokenizer,
+    memory_estimate,
+)
 from common.sampling import sample  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-WAYS = (False, True) if DEVICE.type == "cuda" else (False,)  # sample(graphs=...)
-PROMPT = list(range(5, 69))  # 64 tokens; what they are does not matter
+BIG = {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
+       "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 151_936}
+SMALL = {"hidden_size": 320, "intermediate_size": 512, "num_hidden_layers": 4,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 2048}
+PROMPT = list(range(5, 69))
 
 
-def build(hidden: int, inner: int, blocks: int, heads: int, vocab: int, dtype, device=DEVICE, seed: int = 0):
-    torch.manual_seed(seed)
-    config = Qwen3Config(vocab_size=vocab, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=blocks, head_dim=128,
-                         num_attention_heads=heads, num_key_value_heads=max(1, heads // 4), tie_word_embeddings=True,
-                         max_position_embeddings=8192, eos_token_id=None, bos_token_id=None, pad_token_id=0)
-    model = Qwen3ForCausalLM._from_config(config, dtype=dtype, attn_implementation="grouped_sdpa").to(device).eval()
-    model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
-    return model
+def say(line: str) -> None:
+    print(line, flush=True)
+    if os.environ.get("OUT"):
+        with open(pathlib.Path(os.environ["OUT"]) / "gpu.md", "a", encoding="utf-8") as file:
+            file.write(line + "\n")
 
 
-def seconds(work, rounds: int = 3) -> float:
-    """The median of several rounds, the card waited for; one before to warm up."""
-    times = []
-    for _ in range(rounds + 1):
-        wait()
-        started = time.perf_counter()
-        work()
-        wait()
-        times.append(time.perf_counter() - started)
-    return sorted(times[1:])[rounds // 2]
+def build(shape: dict, stored, compute, device=DEVICE):
+    """A random Qwen3 that never stops by itself."""
+    torch.manual_seed(0)
+    config = Qwen3Config(**shape, head_dim=128, tie_word_embeddings=True, eos_token_id=None,
+                         bos_token_id=None, pad_token_id=0, max_position_embeddings=8192)
+    with torch.device(device):
+        model = Qwen3ForCausalLM._from_config(config, dtype=stored)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    model.compute_dtype = compute
+    return model.eval()
 
 
 def wait() -> None:
@@ -63,137 +66,172 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
-def peak(reset: bool = False) -> float:
-    if DEVICE.type != "cuda":
-        return float("nan")
-    if reset:
+def seconds(work) -> float:
+    """Of one call, the card waited for."""
+    wait()
+    started = time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - started
+
+
+def free() -> None:
+    gc.collect()
+    if DEVICE.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    return torch.cuda.max_memory_allocated() / 2**30
+
+
+def peak() -> float:
+    return torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else float("nan")
+
+
+def rates(size: int) -> tuple[float, float]:
+    """Measured FLOP/s of a bfloat16 product, bytes/s of a copy (read plus written)."""
+    a = torch.randn(size, size, device=DEVICE, dtype=torch.bfloat16)
+    product = min(seconds(lambda: a @ a) for _ in range(5))
+    block = torch.empty(size * size * 4, device=DEVICE, dtype=torch.uint8)
+    copy = min(seconds(block.clone) for _ in range(5))
+    return 2 * size**3 / product, 2 * block.numel() / copy
 
 
 def correct(tokenizer) -> None:
-    print("\n## Correct\n\n| on the card | largest difference of a log-prob | of an entropy | sampler and trainer | recorded and trainer | "
-          "share of answers the same, recorded or not |\n| --- | --- | --- | --- | --- | --- |")
-    reference = build(256, 512, 4, 4, 2048, torch.float32, "cpu")
-    rollout = sample(reference, tokenizer, [PROMPT, PROMPT[:9]], 4, 64, seed=1)
-    logp, entropy = response_logprobs(reference, rollout)
-    for dtype in (torch.float32, torch.bfloat16):
-        model = build(256, 512, 4, 4, 2048, torch.float32, "cpu").to(DEVICE, dtype)
-        model.model.rotary_emb.inv_freq = reference.model.rotary_emb.inv_freq.to(DEVICE)  # float32, as from_pretrained leaves it
-        here = type(rollout)(**{k: v.to(DEVICE) if torch.is_tensor(v) else v for k, v in vars(rollout).items()})
-        with torch.no_grad():
-            found = [x.cpu() for x in response_logprobs(model, here)]
-            ways = [sample(model, tokenizer, [PROMPT, PROMPT[:9]], 4, 600, seed=2, graphs=graphs) for graphs in WAYS]
-            gaps = [(response_logprobs(model, own)[0] - own.logp).abs().max().item() for own in ways]
-            ways += [sample(model, tokenizer, [PROMPT, PROMPT[:9]], 4, 600, top_p=0.9, repetition_penalty=1.15, seed=2, graphs=graphs)
-                     for graphs in WAYS]
-        same = torch.cat([(a.tokens == b.tokens).all(1) for a, b in zip(ways[::len(WAYS)], ways[len(WAYS) - 1::len(WAYS)])]).float().mean()
-        print(f"| {dtype} | {(found[0] - logp).abs().max():.2e} | {(found[1] - entropy).abs().max():.2e} | {gaps[0]:.2e} | "
-              f"{gaps[-1]:.2e} | {same:.2f} |")
+    """Log-probs on the card against the CPU's, and the sampler's against the trainer's."""
+    on_cpu = build(SMALL, torch.float32, torch.float32, "cpu")
+    rollout = sample(on_cpu, tokenizer, [PROMPT, PROMPT[:9]], 4, 64, seed=1)
+    expected = response_logprobs(on_cpu, rollout).detach()
+    for compute in (torch.float32, torch.bfloat16):
+        model = build(SMALL, torch.float32, compute, "cpu").to(DEVICE)
+        moved = SimpleNamespace(prompts=rollout.prompts, tokens=rollout.tokens.to(DEVICE),
+                                lengths=rollout.lengths.to(DEVICE), mask=rollout.mask.to(DEVICE))
+        logp = response_logprobs(model, moved).detach().cpu()
+        own = sample(model, tokenizer, [PROMPT, PROMPT[:9]], 4, 64, seed=1)
+        again = response_logprobs(model, own).detach()
+        say(f"| correct, {compute} | card minus CPU {(logp - expected).abs().max():.2g} nats, "
+            f"sampler minus trainer {(own.logp - again).abs().max():.2g} nats |")
 
 
-def decoding(model, tokenizer, rows: int, new: int) -> None:
-    numel = sum(p.numel() for p in model.parameters())
-    x = torch.empty(1 << (28 if DEVICE.type == "cuda" else 22), dtype=torch.bfloat16, device=DEVICE)
-    copied = 4 * x.numel() / seconds(lambda: x.clone())  # bytes read and written a second
-    config = model.config
-    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2 * rows * (len(PROMPT) + new / 2)
-    floor = rows * copied / (2 * numel + cache)
-    print(f"\n## Decoding\n\n{rows} answers of {new} tokens; copy rate {copied / 1e9:.0f} GB/s\n\n| | tokens/s | times the floor's seconds |")
-    print("| --- | --- | --- |")
-    row = lambda name, rate: print(f"| {name} | {rate:.0f} | {floor / rate:.2f} |", flush=True)
-    row("floor: weights and cache read once a step", floor)
-    for graphs in WAYS:
-        row(f"common/sampling.py{', --cuda-graphs' * graphs}", rows * new / seconds(
-            lambda g=graphs: sample(model, tokenizer, [PROMPT], rows, new, max_rows=rows, graphs=g), 1))
-    model.generation_config.eos_token_id = list(range(4, 4 + max(1, 2 * config.vocab_size // new)))  # ends after half, in the mean
-    for cudnn in (False, True):
-        torch.backends.cuda.enable_cudnn_sdp(cudnn)
-        drawn = []
-        elapsed = seconds(lambda d=drawn: d.append(sample(model, tokenizer, [PROMPT], rows, new, seed=len(d), max_rows=rows)), 1)
-        row(f"common/sampling.py, ends at different times{', cuDNN' * cudnn}", int(drawn[-1].lengths.sum()) / elapsed)
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    model.generation_config.eos_token_id = None
-    model.set_attn_implementation("sdpa")
+def embedded(steps: str) -> None:
+    """The scripts as they are."""
+    for script in ("bupo.py", "grpo.py"):
+        command = [sys.executable, script, "--steps", steps]
+        started = time.perf_counter()
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        lines = (done.stdout + done.stderr).splitlines()
+        after = [line for line in lines if line.startswith("after:")] or lines[-1:]
+        say(f"| python {script} --steps {steps} | {time.perf_counter() - started:.0f} s, "
+            f"{after[0]} |")
+
+
+def decoding(shape: dict, tokenizer, rows: int, tokens: int, copy_rate: float) -> None:
+    model = build(shape, torch.bfloat16, torch.bfloat16)
+    weights = sum(p.numel() * 2 for p in model.parameters())
+    per_token = 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * 128 * 2
+    cache = rows * per_token * (len(PROMPT) + tokens / 2)
+    floor = tokens * (weights + cache) / (copy_rate / 2)  # reading alone moves half of a copy
+    say(f"| decoding, {rows} answers of {tokens} tokens: the floor | "
+        f"{rows * tokens / floor:.0f} tokens/s |")
+    sample(model, tokenizer, [PROMPT], rows, 8)
+    ours = seconds(lambda: sample(model, tokenizer, [PROMPT], rows, tokens))
+    say(f"| common/sampling.py | {rows * tokens / ours:.0f} tokens/s, {ours / tokens * 1e3:.1f} ms "
+        f"per token, {ours / floor:.1f} x the floor, peak {peak():.1f} GiB |")
     ids = torch.tensor([PROMPT] * rows, device=DEVICE)
-    with torch.inference_mode():
-        row("model.generate", rows * new / seconds(lambda: model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, top_p=1.0, max_new_tokens=new), 1))
-    settings, found = transformers.GenerationConfig(max_new_tokens=new, do_sample=True, eos_token_id=-1, pad_token_id=0), []
-    try:
-        elapsed = seconds(lambda: found.append(model.generate_batch([PROMPT] * rows, generation_config=settings)), 1)
-        made = sum(len(answer.generated_tokens) for answer in found[-1].values())  # it does not raise: what failed has none
-        if made < rows * new:
-            raise RuntimeError(f"{made} of {rows * new} tokens; {[answer.error for answer in found[-1].values()][:1]}")
-        row("generate_batch (continuous batching)", made / elapsed)
-    except Exception as error:  # (an interface that changes from release to release; its absence is a result)
-        print(f"| generate_batch | not run: {type(error).__name__}: {str(error)[:80]} | |")
-    finally:  # it may leave its own attention behind, and its cache
-        model.set_attn_implementation("grouped_sdpa")
-        gc.collect()
-        peak(reset=True)
+    flags = {"do_sample": True, "top_k": 0, "max_new_tokens": tokens, "min_new_tokens": tokens}
+    mask = torch.ones_like(ids)
+    theirs = seconds(lambda: model.generate(ids, attention_mask=mask, **flags))
+    say(f"| model.generate | {rows * tokens / theirs:.0f} tokens/s, {theirs / floor:.1f} x the "
+        "floor |")
+    profile(model, tokenizer, rows)
 
 
-def training(model, tokenizer, rows: int, new: int, budget: int) -> None:
-    numel = sum(p.numel() for p in model.parameters())
-    n = 8192 if DEVICE.type == "cuda" else 512
-    a = torch.randn(n, n, dtype=torch.bfloat16, device=DEVICE)
-    matmul = 2 * n**3 / seconds(lambda: a @ a)
-    peak(reset=True)
-    rollout = sample(model, tokenizer, [PROMPT], rows, new, seed=3)
-    sampling_peak = peak()
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+def profile(model, tokenizer, rows: int) -> None:
+    """What a step of decoding is made of: the card's own time against the wall's."""
+    if DEVICE.type != "cuda":
+        return
+    from torch.profiler import ProfilerActivity
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as found:
+        elapsed = seconds(lambda: sample(model, tokenizer, [PROMPT], rows, 64))
+    events = found.key_averages()
+    card = sum(event.self_device_time_total for event in events) / 1e6
+    kernels = sum(event.count for event in events if event.self_device_time_total > 0)
+    say(f"| of 64 tokens under the profiler | wall {elapsed:.2f} s, kernels {card:.2f} s, "
+        f"{kernels} of them |")
+    largest = sorted(events, key=lambda event: -event.self_device_time_total)[:6]
+    for event in largest:
+        say(f"|   {event.key[:60]} | {event.self_device_time_total / 1e6:.3f} s |")
+
+
+def training(shape: dict, rows: int, length: int, flops: float, adapters: bool) -> None:
+    stored = torch.bfloat16 if adapters else torch.float32
+    model = build(shape, stored, torch.bfloat16)
+    base = model
+    enable_recomputing(model)
+    weights = sum(p.numel() for p in model.parameters())
+    if adapters:
+        model.requires_grad_(False)
+        model = add_adapters(model, 32)
     model.train()
-    optimizer = MasterAdamW(model, 1e-6)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    fused = True if DEVICE.type == "cuda" else None
+    optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=fused)
+    answer = length - len(PROMPT)
+    tokens = torch.randint(0, shape["vocab_size"], (rows, answer), device=DEVICE)
+    rollout = SimpleNamespace(
+        prompts=[PROMPT] * rows, tokens=tokens, mask=torch.ones(rows, answer, device=DEVICE),
+        lengths=torch.full((rows,), answer, device=DEVICE))
+    budget = 8192
+    say("| the printed estimate | " + memory_estimate(model, rows, length, budget) + " |")
 
-    def step(rollout):
-        for m in micro_batches(torch.arange(rows, device=DEVICE), rollout, budget):
-            logp, _ = response_logprobs(model, rollout[m])
-            optimizer.backward(logp.sum() / 1e6)
+    def step():
+        for part in micro_batches(rollout, torch.arange(rows, device=DEVICE), budget):
+            batch = SimpleNamespace(
+                prompts=[PROMPT] * len(part), tokens=tokens[part], mask=rollout.mask[part],
+                lengths=rollout.lengths[part])
+            logp = response_logprobs(model, batch)
+            (-logp.sum() / tokens.numel()).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
-    plan = memory_plan(model, rows, len(PROMPT) + new, budget)
-    print(f"\n## Training\n\n{rows} answers of at most {new} tokens, {budget} tokens at once; matmul {matmul / 1e12:.0f} TFLOP/s; peak while "
-          f"sampling {sampling_peak:.1f} GiB; planned {plan['peak']:.1f} GiB\n\n"
-          "| answers | tokens/s | share of the matmul rate, 6 FLOPs | 8 FLOPs | peak, GiB | reserved |\n| --- | --- | --- | --- | --- | --- |")
+        optimizer.zero_grad()
 
-    def ragged():
-        lengths = torch.randint(new // 4, new + 1, (rows,), device=DEVICE)
-        inside = (torch.arange(new, device=DEVICE) < lengths[:, None]).float()
-        return replace(rollout, lengths=lengths, mask=inside, tokens=rollout.tokens * inside.long())
-    for name, answers, cudnn in (("of one length", lambda: rollout, False), ("of many lengths", ragged, False),
-                                 ("of many lengths, cuDNN", ragged, True)):
-        peak(reset=True)
-        torch.backends.cuda.enable_cudnn_sdp(cudnn)
-        first, second = answers(), answers()
-        rounds = iter((first, second))
-        try:
-            rate = (rows * len(PROMPT) + int(second.lengths.sum())) / seconds(lambda r=rounds: step(next(r)), 1)
-        except torch.OutOfMemoryError as error:
-            optimizer.zero_grad()
-            print(f"| {name} | out of memory: {str(error)[:120]} | | | {peak():.1f} | |", flush=True)
-            continue
-        reserved = torch.cuda.max_memory_reserved() / 2**30 if DEVICE.type == "cuda" else math.nan
-        print(f"| {name} | {rate:.0f} | {6 * numel * rate / matmul:.2f} | {8 * numel * rate / matmul:.2f} | {peak():.1f} | {reserved:.1f} |",
-              flush=True)
+    free()
+    step()
+    elapsed = seconds(step)
+    operations = 6 if adapters else 8  # adapters have no gradient of the weights: 2 + 2 + 2
+    share = operations * weights * rows * length / elapsed / flops
+    name = "LoRA 32" if adapters else "all weights"
+    say(f"| training, {name}, {rows} answers of {length} tokens | "
+        f"{rows * length / elapsed:.0f} tokens/s, {share:.0%} of the matmul rate, peak "
+        f"{peak():.1f} GiB |")
+    del base
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--toy", action="store_true", help="tiny shapes, to see that it runs")
-    args = parser.parse_args()
-    if DEVICE.type != "cuda" and not args.toy:
-        raise SystemExit("no GPU here; --toy runs the same code at tiny shapes")
-    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU, toy shapes: these numbers mean nothing"
-    print(f"{name}, torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}")
-    tokenizer = load_tokenizer(str(TINY))
-    torch.backends.cuda.enable_cudnn_sdp(False)  # as common/models.py
-    correct(tokenizer)
-    shape = (256, 512, 2, 4, 2048) if args.toy else (2560, 9728, 36, 32, 151936)
-    model = build(*shape, torch.bfloat16)
-    decoding(model, tokenizer, 4 if args.toy else 128, 16 if args.toy else 512)
-    training(model, tokenizer, 4 if args.toy else 16, 32 if args.toy else 2048, 256 if args.toy else 16384)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--toy", action="store_true")
+    toy = parser.parse_args().toy
+    card = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "no card"
+    say(f"{datetime.date.today()}, {card}, torch {torch.__version__}, transformers "
+        f"{transformers.__version__}, python tests/benchmarks/gpu.py{' --toy' * toy}\n")
+    flops, copy_rate = rates(1024 if toy else 8192)
+    say("| what | measured |\n| --- | --- |")
+    say(f"| bfloat16 matrix product, copy | {flops / 1e12:.1f} TFLOP/s, {copy_rate / 1e9:.0f} GB/s |")
+    tokenizer = load_tokenizer("tiny")
+    shape = SMALL if toy else BIG
+    parts = [
+        lambda: correct(tokenizer),
+        lambda: decoding(shape, tokenizer, *((4, 16) if toy else (128, 512)), copy_rate),
+        lambda: training(shape, *((4, 128) if toy else (16, 2048)), flops, False),
+        lambda: training(shape, *((4, 128) if toy else (16, 2048)), flops, True),
+        lambda: embedded("2" if toy else "32"),
+    ]
+    for part in parts:
+        try:
+            part()
+        except (RuntimeError, ValueError, AttributeError) as error:  # the other rows still count
+            say(f"| failed | {type(error).__name__}: {str(error).splitlines()[0][:200]} |")
+        free()
 
 
 if __name__ == "__main__":
