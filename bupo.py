@@ -132,7 +132,8 @@ def main(argv=None):
     reward_of = load_reward(args.reward) if args.reward else reward
     run = Run("bupo", args, reward_of)
     model = run.model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
+    on_card = model.device.type == "cuda"  # where a fused update needs no copies
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.01, fused=on_card)
     if args.internal_steps and "layer" not in run.summary:  # a resumed run keeps its layer
         run.summary["layer"] = choose_layer(run)
 

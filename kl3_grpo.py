@@ -136,7 +136,8 @@ def main(argv=None):
     reward_of = load_reward(args.reward) if args.reward else reward
     run = Run("kl3_grpo", args, reward_of)
     model = run.model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
+    on_card = model.device.type == "cuda"  # where a fused update needs no copies
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.01, fused=on_card)
 
     for step in range(run.begin(optimizer=optimizer), args.steps):
         # 1. Sample a group of answers to each problem.

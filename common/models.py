@@ -6,6 +6,7 @@ that torch's own AdamW will do: at lr 1e-6 only one bfloat16 weight in fifty wou
 import contextlib
 import os
 import pathlib
+import warnings
 
 import jinja2
 import torch
@@ -147,7 +148,9 @@ def add_adapters(model, rank: int):
     """Low-rank adapters (peft) on all linear maps of the blocks; only they are trained."""
     from peft import LoraConfig, get_peft_model  # slow to import
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
-    return get_peft_model(model, config)
+    with warnings.catch_warnings():  # peft asks for an attribute by its deprecated name
+        warnings.simplefilter("ignore", FutureWarning)
+        return get_peft_model(model, config)
 
 
 def compute_dtype(model) -> torch.dtype:
