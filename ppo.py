@@ -7,14 +7,14 @@ See:   reward, the share of right answers, rises as in grpo.py, and with it scor
        per answer that is trained on; exceeded stays low. explained_variance (1: the critic knows
        every return, 0: only their mean) stays near 0 in a run this short.
 
-A token's advantage is the sum of the rewards that follow it less V(s_t), what the critic expected.
 There are two rewards with a discount each (§4.6): one for the answer, on its last token, and a
-penalty on every token of a repeated N-gram.
+penalty on every token of a repeated N-gram. A token's advantage is the sum of what follows it less
+V(s_t), what the critic expected before it was drawn.
 
 Deviations from the paper, and why:
-1. An answer that was cut off at --max-new-tokens is wrong: reward 0 before length shapes it; its
-   tokens stay in the loss. Too long is within --margin tokens of the limit, 16 as in the authors'
-   code (paper: at the limit), 2 for the embedded model, whose limit is 80.
+1. An answer that was cut off at --max-new-tokens is wrong: its reward is 0 before length shapes it,
+   its tokens stay in the loss. Too long is within --margin tokens of the limit, as in the authors'
+   code (paper: at the limit).
 2. A reward between 0 and 1 is interpolated between the curves of right and wrong answers, so that
    0.5 stays half (authors' code: below 1 is wrong).
 3. The critic's head starts at 0 and adds the first rollout's mean return (authors: random). It then
@@ -25,8 +25,8 @@ Deviations from the paper, and why:
    up to 2 per rollout (paper: 0.2), as its few rollouts have to cover rewards from -10 to 2.
 6. The KL is split over both rewards and not clipped with them, as in the authors' code.
 
-Axes: B answers, P problems, G answers per problem, T answer tokens, S prompt and answer tokens,
-M rewards, N answer tokens in a row, D width, V vocabulary; b a micro-batch's share of B.
+Axes: B answers, P problems, G answers per problem, T answer tokens, M rewards, N answer tokens in
+a row, D width, V vocabulary; b a micro-batch's share of B.
 """
 import math
 import statistics
@@ -37,7 +37,7 @@ from torch import nn
 
 from common.data import batch_of
 from common.distributed import shard, share, size, total
-from common.flags import BadInput, Shared, exit_on_bad_input, flag, load_reward, parse_args
+from common.flags import Shared, exit_on_bad_input, flag, load_reward, parse_args
 from common.logprobs import (
     largest_gap,
     micro_batches,
@@ -47,14 +47,15 @@ from common.logprobs import (
 )
 from common.models import autocast, causal_lm, load_model, reference_model
 from common.run import Run
-from common.sampling import join, sample
+from common.sampling import sample
 from common.verify import verify
 
-RANGES = {  # --length-reward: (at length 0, at the limit) of right and of wrong answers, §4.2, §4.3
-    "cosine": ((2.0, 1.0), (-10.0, 0.0)),
-    "A": ((0.0, 10.0), (0.0, 0.0)),
-    "B": ((6.0, 5.0), (-10.0, 0.0)),
-    "C": ((10.0, 9.0), (-10.0, 0.0)),
+LENGTH_REWARDS = {  # right answers at length 0 and at the limit, wrong ones; too long: §4.2, §4.3
+    "none": ((1.0, 1.0), (0.0, 0.0), None),
+    "cosine": ((2.0, 1.0), (-10.0, 0.0), -10.0),
+    "A": ((0.0, 10.0), (0.0, 0.0), -10.0),
+    "B": ((6.0, 5.0), (-10.0, 0.0), -10.0),
+    "C": ((10.0, 9.0), (-10.0, 0.0), -10.0),
 }
 
 
@@ -77,10 +78,10 @@ def cosine_reward(correct, length, max_length, correct_range=(2.0, 1.0), wrong_r
         raise ValueError(f"a wrong answer must not be rewarded: {wrong_range=}")
     if exceed is not None and length + margin >= max_length:
         return exceed
-    fallen = (1 - math.cos(math.pi * min(length / max_length, 1.0))) / 2      # 0 at r_0, 1 at r_L
-    if_right = correct_range[0] + fallen * (correct_range[1] - correct_range[0])
-    if_wrong = wrong_range[0] + fallen * (wrong_range[1] - wrong_range[0])
-    return correct * if_right + (1 - correct) * if_wrong
+    weight = (1 + math.cos(math.pi * min(length / max_length, 1.0))) / 2        # 1 to 0
+    right = correct_range[1] + weight * (correct_range[0] - correct_range[1])   # CosFn(L)
+    wrong = wrong_range[1] + weight * (wrong_range[0] - wrong_range[1])
+    return correct * right + (1 - correct) * wrong
 
 
 def repetition_penalty(token_ids: list[int], ngram=40, penalty=-0.05) -> list[float]:
@@ -98,11 +99,24 @@ def repetition_penalty(token_ids: list[int], ngram=40, penalty=-0.05) -> list[fl
     return penalties
 
 
-def discounted_returns(rewards, gammas, mask):
-    """§4.6: the sum over m and l of gamma_m^l r_{m,t+l}; 0 where mask is 0.
+def token_rewards(args, rollout, correct):
+    """Each answer's --length-reward on its last token, and 1.0 on tokens of repeated N-grams.
 
-    (M, B, T), (M,), (B, T) -> (B, T)
+    correct: B rewards, 1.0 for right -> (B, T), (B, T)
     """
+    outcome = torch.zeros_like(rollout.mask)                            # (B, T)
+    repeated = torch.zeros_like(rollout.mask)                           # (B, T)
+    ranges = LENGTH_REWARDS[args.length_reward]
+    for i, length in enumerate(rollout.lengths.tolist()):
+        outcome[i, length - 1] = cosine_reward(
+            correct[i], length, args.max_new_tokens, *ranges, args.margin)
+        token_ids = rollout.tokens[i, :length].tolist()
+        repeated[i, :length] = torch.tensor(repetition_penalty(token_ids, args.ngram, 1.0))
+    return outcome, repeated
+
+
+def discounted_returns(rewards, gammas, mask):
+    """§4.6: the sum over m and l of gamma_m^l r_{m,t+l}. (M, B, T), (M,), (B, T) -> (B, T)."""
     returns = torch.zeros_like(rewards)                                 # (M, B, T)
     following = torch.zeros_like(rewards[..., 0])                       # (M, B)
     for t in reversed(range(rewards.shape[-1])):
@@ -112,21 +126,17 @@ def discounted_returns(rewards, gammas, mask):
 
 
 def gae(rewards, values, mask, gamma=1.0, lam=1.0):
-    """Generalised advantage estimation (arXiv 1506.02438, eq. 16); 0 where mask is 0.
+    """Generalised advantage estimation (arXiv 1506.02438, eq. 16). (B, T) x3 -> (B, T), (B, T).
 
         A_t = delta_t + gamma lam A_{t+1},   delta_t = r_t + gamma V(s_{t+1}) - V(s_t)
 
-    (B, T) x3 -> advantages A, returns A + V, (B, T) each.
+    -> advantages A, returns A + V; 0 where mask is 0.
     """
     values = values * mask                                              # (B, T)
-    advantages = torch.zeros_like(rewards)                              # (B, T)
-    following = torch.zeros_like(rewards[:, 0])                         # (B,), A_{t+1}
-    next_value = torch.zeros_like(rewards[:, 0])                        # (B,), V(s_{t+1})
-    for t in reversed(range(rewards.shape[1])):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]       # (B,)
-        following = (delta + gamma * lam * following) * mask[:, t]
-        next_value = values[:, t]
-        advantages[:, t] = following
+    next_values = nn.functional.pad(values, (0, 1))[:, 1:]              # (B, T), 0 after the end
+    delta = rewards + gamma * next_values - values                      # (B, T)
+    gammas = torch.tensor([gamma * lam], device=mask.device)            # (1,)
+    advantages = discounted_returns(delta[None], gammas, mask)          # (B, T)
     return advantages, advantages + values
 
 
@@ -138,7 +148,7 @@ def mean_and_variance(x, mask):
 
 
 def whiten(advantages, mask):
-    """Mean 0 and variance 1 over the tokens of all ranks; 0 where mask is 0. (B, T) x2 -> (B, T)."""
+    """Mean 0 and variance 1 over the tokens in mask, of all ranks. (B, T) x2 -> (B, T)."""
     mean, variance = mean_and_variance(advantages, mask)
     return (advantages - mean) * torch.rsqrt(variance.clamp(min=1e-8)) * mask
 
@@ -167,10 +177,9 @@ def ppo_loss(logp, old_logp, advantages, mask, clip_low=0.2, clip_high=0.2, dual
     ratio = (logp - old_logp).clamp(-20, 20).exp()                      # (B, T)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)                  # (B, T)
     surrogate = torch.minimum(ratio * A, clipped * A)                   # (B, T), eq. 7
-    cut = ((A > 0) & (ratio > 1 + clip_high)) | ((A < 0) & (ratio < 1 - clip_low))
     if dual_clip is not None:
         surrogate = torch.where(A < 0, torch.maximum(surrogate, dual_clip * A), surrogate)
-        cut = cut | ((A < 0) & (ratio > dual_clip))
+    cut = surrogate != ratio * A                                        # (B, T), no gradient
     loss = -(surrogate * mask / denominator).sum()
     return loss, {"clip_fraction": (cut * mask / denominator).sum().item()}
 
@@ -188,46 +197,46 @@ def value_loss(values, old_values, returns, mask, clip=0.2, denominator=None):
 
 
 class Critic(nn.Module):
-    """V(s) = w . state + b + offset in float32; the state is its own trunk's, or the policy's."""
+    """V(s) = w . state + b + offset in float32; the state is that of a trunk of its own or, if
+    there is none, the policy's."""
 
-    def __init__(self, width: int, trunk=None):
+    def __init__(self, width: int):
         super().__init__()
-        self.trunk = trunk
+        self.trunk = None
         self.head = nn.Linear(width, 1, dtype=torch.float32)
         self.register_buffer("offset", torch.zeros(()))
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, ids, predicts, states):
-        """ids, predicts (B, S) as from join(); states (N, D) of the policy -> values (N,)."""
-        if self.trunk is not None:
-            states = self.trunk(input_ids=ids, use_cache=False).last_hidden_state[predicts]
-        with torch.autocast(states.device.type, enabled=False):  # bfloat16 would round the values
-            return self.head(states.float())[:, 0] + self.offset
+    def forward(self, states):
+        """(N, D) -> (N,)"""
+        return self.head(states.float())[:, 0] + self.offset
 
 
 def build_critic(args, model) -> Critic:
     """--critic copy: the trunk is --model's, loaded once more; shared: there is none."""
     lm = causal_lm(model)
-    trunk = causal_lm(load_model(args, split=False)).model if args.critic == "copy" else None
-    critic = Critic(lm.config.hidden_size, trunk).train()
+    critic = Critic(lm.config.hidden_size)
+    if args.critic == "copy":
+        critic.trunk = causal_lm(load_model(args, split=False)).model.train()
+        if size() > 1:
+            shard(critic.trunk, critic.trunk.layers, lm.device, lm.compute_dtype)
     if size() > 1:
-        blocks = trunk.layers if args.critic == "copy" else ()
-        shard(critic, blocks, lm.device, lm.compute_dtype, [critic.head])
+        shard(critic.head, (), lm.device, torch.float32)
     return critic.to(lm.device)
 
 
 def logp_and_values(model, critic, rollout, temperature=1.0):
-    """Log-probs of a rollout's tokens, nats, and V of the state before each. -> (B, T) each."""
+    """Log-probs of a rollout's tokens, nats, and V of the state before each. -> (B, T), (B, T)."""
     inside = rollout.mask.bool()                                        # (B, T), N True
-    ids, predicts = join(rollout.prompts, rollout.tokens, rollout.lengths)     # (B, S) each
     with autocast(model):
         states = states_before_answers(model, rollout)                  # (N, D)
         weight = causal_lm(model).lm_head.weight                        # (V, D)
         logp, _ = token_logprobs(states, weight, rollout.tokens[inside], temperature)  # (N,)
-        values = critic(ids, predicts, states)                          # (N,)
+        if critic.trunk is not None:
+            states = states_before_answers(model, rollout, critic.trunk)
     zeros = torch.zeros_like(rollout.mask)                              # (B, T)
-    return zeros.masked_scatter(inside, logp), zeros.masked_scatter(inside, values)
+    return zeros.masked_scatter(inside, logp), zeros.masked_scatter(inside, critic(states))
 
 
 @dataclass
@@ -238,8 +247,7 @@ class Args(Shared):
     group_size: int = flag(16, "answers to each, 1 will do; the paper: 4 to 16", low=1)
     max_new_tokens: int = flag(80, "longest answer in tokens; the paper: 14336", low=1)
     temperature: float = flag(1.0, "divides the logits in sampling and training", above=0)
-    lr: float = flag(1e-4, "AdamW, constant; ten times that with --lora-rank; the paper: 5e-7",
-                     above=0)
+    lr: float = flag(1e-4, "AdamW; ten times that with --lora-rank; the paper: 5e-7", above=0)
     updates_per_rollout: int = flag(4, "each on its share of the prompts; the paper: 4-16", low=1)
     clip_low: float = flag(0.2, "bad tokens below ratio 1 - this get no gradient", low=0, high=1)
     clip_high: float = flag(0.2, "good ones above 1 + this get none", low=0)
@@ -248,16 +256,15 @@ class Args(Shared):
     critic: str = flag("copy", "reads a model of its own, or the policy's states, which it trains",
                        choices=("copy", "shared"))
     critic_lr: float = flag(1e-3, "of all that only the critic has; the paper: 9e-6", above=0)
-    value_coef: float = flag(0.01, "weight of a shared critic's loss: 1 ruins the policy", low=0)
     value_clip: float = flag(2.0, "how far a value moves per rollout; the paper: 0.2", above=0)
     length_reward: str = flag("cosine", "§4.2; A, B, C: §4.3; none: the reward as it is",
-                              choices=("none", *RANGES))
+                              choices=tuple(LENGTH_REWARDS))
     margin: int = flag(2, "too long: this near to --max-new-tokens; the authors: 16", low=0)
     penalty: float = flag(-0.05, "on every token of a repeated N-gram; 0: none", high=0)
     ngram: int = flag(12, "N; the paper: 40", low=1)
     gamma: float = flag(1.0, "discount per token of the reward for the answer", low=0, high=1)
     penalty_gamma: float = flag(0.99, "of the penalty; the paper: 0.99", low=0, high=1)
-    lam: float = flag(1.0, "lambda of GAE; below 1 only with one discount", low=0, high=1)
+    lam: float = flag(1.0, "lambda of GAE; below 1 all rewards have --gamma", low=0, high=1)
 
 
 REAL = {"steps": 112, "prompts_per_step": 128, "group_size": 8, "max_new_tokens": 2048, "lr": 5e-7,
@@ -267,21 +274,16 @@ REAL = {"steps": 112, "prompts_per_step": 128, "group_size": 8, "max_new_tokens"
 @exit_on_bad_input
 def main(argv=None):
     args = parse_args(Args, REAL, __doc__, argv)
-    if args.length_reward != "none" and 1 + args.margin >= args.max_new_tokens:
-        raise BadInput(f"--margin {args.margin}: every answer of at most {args.max_new_tokens} "
-                       "tokens would be too long")
-    gammas = [args.gamma, args.penalty_gamma if args.penalty else args.gamma]
-    if args.lam < 1 and gammas[0] != gammas[1]:
-        raise BadInput(f"--lam {args.lam}: needs one discount, --penalty-gamma {args.gamma}")
     reward_of = load_reward(args.reward) if args.reward else reward
     run = Run("ppo", args, reward_of)
     model = run.model
     reference = reference_model(args, model) if args.kl_coef else None
     critic = build_critic(args, model)
-    value_coef = args.value_coef if args.critic == "shared" else 1.0
-    gammas = torch.tensor(gammas, device=model.device)                                 # (M,)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
-    critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=args.critic_lr, weight_decay=0.01)
+    value_coef = 1.0 if args.critic == "copy" else 0.01  # 1 ruins the policy it shares a trunk with
+    penalty_gamma = args.penalty_gamma if args.penalty else args.gamma
+    gammas = torch.tensor([args.gamma, penalty_gamma], device=model.device)            # (M,)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
+    critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=args.critic_lr)
 
     first = run.begin(optimizer=optimizer, critic=critic, critic_optimizer=critic_optimizer)
     for step in range(first, args.steps):
@@ -289,8 +291,7 @@ def main(argv=None):
         problems = share(batch_of(run.train, step, args.prompts_per_step, args.seed))  # P rows
         rollout = sample(model, run.tokenizer, run.encode(problems), args.group_size,
                          args.max_new_tokens, args.temperature, seed=args.seed * 100_000 + step)
-        mask, lengths = rollout.mask, rollout.lengths                                  # (B, T), (B,)
-        all_rows = torch.arange(len(lengths), device=model.device)                     # (B,)
+        all_rows = torch.arange(len(rollout.mask), device=model.device)                # (B,)
         run.lap("sampling")
 
         # 2. Rate them. An answer that was cut off is wrong, here and in evaluation.
@@ -298,28 +299,18 @@ def main(argv=None):
                    for i, text in enumerate(rollout.texts)]                            # B floats
         correct = torch.tensor(correct, device=model.device) * rollout.finished        # (B,)
 
-        # 3. Give tokens their rewards: the last one the answer's, repeated ones the penalty.
-        shaped = correct.tolist()                                                      # B floats
-        if args.length_reward != "none":
-            shaped = [cosine_reward(x, k, args.max_new_tokens, *RANGES[args.length_reward],
-                                    margin=args.margin)
-                      for x, k in zip(shaped, lengths.tolist(), strict=True)]
-        outcome = torch.zeros_like(mask)                                               # (B, T)
-        outcome[all_rows, lengths - 1] = torch.tensor(shaped, device=model.device)
-        repeated = torch.zeros_like(mask)                                              # (B, T)
-        for i, k in enumerate(lengths.tolist()):
-            found = repetition_penalty(rollout.tokens[i, :k].tolist(), args.ngram, 1.0)
-            repeated[i, :k] = torch.tensor(found)
+        # 3. Tokens get rewards: the last one the answer's, shaped by length, repeated ones another.
+        outcome, repeated = token_rewards(args, rollout, correct.tolist())             # (B, T) x2
         rewards = torch.stack([outcome, args.penalty * repeated]).clamp(-10, 10)       # (M, B, T)
-        exceeded = lengths + args.margin >= args.max_new_tokens                        # (B,)
-        metrics = {
-            "score": total(rewards.sum().item()) / total(len(mask)),
-            "exceeded": total(exceeded.sum().item()) / total(len(mask)),
-            "repeated": mean_and_variance(repeated, mask)[0].item(),
-        }
+        exceeded = rollout.lengths + args.margin >= args.max_new_tokens                # (B,)
+        mask = rollout.mask                                                            # (B, T)
+        num_answers = total(len(mask))
+        metrics = {"score": total(rewards.sum().item()) / num_answers,
+                   "exceeded": total(exceeded.sum().item()) / num_answers,
+                   "repeated": mean_and_variance(repeated, mask)[0].item()}
         if step == 0:  # else the trunk's first updates all go into this one number
-            mean, _ = mean_and_variance(discounted_returns(rewards, gammas, mask), mask)
-            critic.offset.copy_(mean)
+            returns = discounted_returns(rewards, gammas, mask)                        # (B, T)
+            critic.offset.copy_(mean_and_variance(returns, mask)[0])
         run.lap("verifying")
 
         # 4. What policy and critic say before the update; the KL (k1) is a reward of each token.
@@ -335,7 +326,7 @@ def main(argv=None):
                                         args.temperature)                              # (B, T)
             log_ratio = old_logp - ref_logp                                            # (B, T)
             rewards = rewards - args.kl_coef * log_ratio / len(rewards)                # (M, B, T)
-            metrics["kl"] = total(log_ratio.sum().item()) / total(len(mask))
+            metrics["kl"] = total(log_ratio.sum().item()) / num_answers
 
         # 5. Returns and advantages, §4.6.
         if args.lam < 1:
@@ -350,11 +341,10 @@ def main(argv=None):
         #    are per answer first, then over the answers of the update.
         parts, grad_norms, critic_norms = [], [], []
         for rows in all_rows.chunk(args.updates_per_rollout):
-            num_answers = total(len(rows))
             for part in micro_batches(rollout, rows, args.micro_batch_tokens):
                 batch, old, before = rollout[part], old_logp[part], old_values[part]
                 logp, values = logp_and_values(model, critic, batch, args.temperature)  # (b, T)
-                divisor = num_answers * batch.lengths[:, None]                         # (b, 1)
+                divisor = total(len(rows)) * batch.lengths[:, None]                    # (b, 1)
                 loss, clipped = ppo_loss(logp, old, advantages[part], batch.mask, args.clip_low,
                                          args.clip_high, args.dual_clip, divisor)
                 error = value_loss(values, before, returns[part], batch.mask, args.value_clip,
@@ -369,6 +359,8 @@ def main(argv=None):
             if math.isfinite(grad_norm + critic_norm):
                 optimizer.step()
                 critic_optimizer.step()
+            else:
+                grad_norm = math.nan  # counted as skipped
             optimizer.zero_grad()
             critic_optimizer.zero_grad()
             grad_norms.append(grad_norm)
