@@ -1,0 +1,310 @@
+"""Look inside a model: what each block would say, how sure of it, what attention and FFN change.
+
+    python -m analysis.internal --model tiny              # a table, three figures, entropies.json
+    python -m analysis.internal --model tiny runs/bupo --sample-layer 3
+
+BuPO (arXiv 2512.19673) reads a policy off every block l: softmax(H^l E^T), where H^l is the
+residual stream after block l and E the unembedding, without the final norm (eq. 5); attention and
+FFN are read in the same way, from what they add to the stream (eq. 6). A model is run once over
+answers of its own and every number is a mean over answer tokens. Un-normed entropy mixes how large
+a stream is with what it says, so beside each number stands its control: the same stream through
+the final norm (the logit lens), and its size.
+
+A token costs (10 L + 2) * 2 D V FLOPs, far more than the blocks themselves: --tokens pools some.
+Axes: B answers, S prompt and answer tokens, N tokens in a row, L blocks, V vocabulary, D width.
+"""
+import copy
+import json
+import math
+import pathlib
+import sys
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from analysis.plot import DASHES, pyplot
+from common.data import drop_long_prompts, encode_prompt, load_problems
+from common.distributed import rank
+from common.flags import BOXED, BadInput, Parser, exit_on_bad_input, flag, parse_args
+from common.internal_policy import (
+    block_streams,
+    boundary_layer,
+    entropy,
+    entropy_changes,
+    first_blocks,
+)
+from common.models import causal_lm, load_model, load_tokenizer
+from common.sampling import join, sample
+
+TOLERANCES = (0.01, 0.02, 0.05, 0.1, 0.2)
+TITLES = {"entropy": "as in the paper", "final_norm": "with the final norm"}
+
+
+def layer_policy(model, layer: int):
+    """The model cut off after block `layer` (1-based): a view that common.sampling.sample takes.
+
+    Answers are then drawn from softmax(H^layer E^T), with a cache for these blocks alone. Layer L
+    is the model itself. ValueError outside 1..L.
+    """
+    lm = causal_lm(model)
+    view = copy.copy(lm)
+    view._modules = {**lm._modules, "model": first_blocks(model, layer)}
+    return view
+
+
+def stream_means(lm, x: torch.Tensor, chunk: int) -> dict[str, float]:
+    """A stream (N, D) -> means over its tokens of the three quantities, `chunk` tokens at a time."""
+    sums = {"entropy": 0.0, "final_norm": 0.0, "l2_norm": 0.0}
+    for piece in x.split(chunk):
+        sums["entropy"] += entropy(lm.lm_head(piece)).sum().item()                      # eq. 7
+        sums["final_norm"] += entropy(lm.lm_head(lm.model.norm(piece))).sum().item()
+        sums["l2_norm"] += piece.float().norm(dim=-1).sum().item()
+    return {name: total / len(x) for name, total in sums.items()}
+
+
+def mean_cosine(x: torch.Tensor, y: torch.Tensor) -> float:
+    return torch.cosine_similarity(x.float(), y.float(), dim=-1).mean().item()
+
+
+def internal_view(model, input_ids, attention_mask, mask, chunk: int | None = None) -> dict:
+    """Means over the positions where mask (B, S) is 1 -> {quantity: {stream: (L,)}}, one forward.
+
+        "entropy"     of softmax(x E^T), nats (eq. 7), for the streams x of common.internal_policy:
+                      layer_in, attn_in, attn_out, ffn_in, ffn_out, layer_out
+        "final_norm"  of softmax(norm(x) E^T), nats: every stream read at one size
+        "l2_norm"     ||x||
+        "cosine"      "attn": cos(A^l, H^{l-1}), "ffn": cos(F^l, H^{l-1} + A^l)
+
+    `chunk` tokens meet the vocabulary at a time, default 2^24 logits. BadInput for other blocks.
+    """
+    lm = causal_lm(model)
+    if not hasattr(lm.model, "norm"):
+        raise BadInput(f"{type(lm).__name__} is not supported: it has no model.norm")
+    chunk = chunk or max(1, 2**24 // lm.lm_head.weight.shape[0])
+    blocks = []
+    cosines = []
+
+    def visit(streams):
+        means = {}
+        for name, x in streams.items():
+            if name == "layer_in" and blocks:  # what the block below has put out
+                means[name] = blocks[-1]["layer_out"]
+            else:
+                means[name] = stream_means(lm, x, chunk)
+        blocks.append(means)
+        middle = streams["layer_in"] + streams["attn_out"]                      # (N, D)
+        cosines.append({"attn": mean_cosine(streams["attn_out"], streams["layer_in"]),
+                        "ffn": mean_cosine(streams["ffn_out"], middle)})
+
+    block_streams(model, input_ids, attention_mask, mask, visit)
+    view = {}
+    for quantity in ("entropy", "final_norm", "l2_norm"):
+        view[quantity] = {}
+        for stream in blocks[0]:
+            view[quantity][stream] = torch.tensor([block[stream][quantity] for block in blocks])
+    view["cosine"] = {}
+    for module in ("attn", "ffn"):
+        view["cosine"][module] = torch.tensor([cosine[module] for cosine in cosines])
+    return view
+
+
+def rollout_view(model, rollout, budget: int, tokens: int = 0, seed: int = 0) -> dict:
+    """internal_view pooled over a rollout's answer tokens, about `budget` tokens in a forward pass.
+
+    tokens > 0 pools that many, drawn uniformly by the seed; answers without one are not run.
+    """
+    total = int(rollout.lengths.sum())
+    pooled = min(tokens or total, total)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randperm(total, generator=generator) < pooled                 # (all tokens,)
+    drawn = drawn.split(rollout.lengths.tolist())                               # B of (T_i,)
+    rows = torch.tensor([row for row in range(len(drawn)) if drawn[row].any()])
+    sizes = []
+    for prompt, length in zip(rollout.prompts, rollout.lengths.tolist(), strict=True):
+        sizes.append(len(prompt) + length)
+    view = {}
+    for part in tqdm(rows.split(max(1, budget // max(sizes))), "reading blocks", leave=False):
+        batch = rollout[part.to(rollout.tokens.device)]
+        ids, predicts = join(batch.prompts, batch.tokens, batch.lengths)        # (b, S) each
+        chosen = torch.cat([drawn[row] for row in part.tolist()])               # (n,)
+        predicts[predicts.clone()] = chosen.to(predicts.device)
+        share = chosen.sum().item() / pooled
+        for quantity, streams in internal_view(model, ids, None, predicts).items():
+            sums = view.setdefault(quantity, {})
+            for name, values in streams.items():
+                sums[name] = sums.get(name, 0.0) + share * values
+    return view
+
+
+def boundaries(entropies: dict) -> dict[float, int | None]:
+    """boundary_layer by tolerance; None where no FFN raises the entropy."""
+    change = entropy_changes(entropies)["ffn"]                                  # (L,)
+    found = {}
+    for tolerance in TOLERANCES:
+        try:
+            found[tolerance] = boundary_layer(change, tolerance)
+        except ValueError:
+            found[tolerance] = None
+    return found
+
+
+def print_view(view: dict) -> None:
+    """Per block: entropy of its policy, what FFN and attention change, and the control beside."""
+    print(f"block   size{'as in the paper (nats)':>34}{'with the final norm (nats)':>39}\n"
+          "         H^l" + "   entropy   FFN change   attention" * 2)
+    found = {kind: boundaries(view[kind]) for kind in TITLES}
+    changes = {kind: entropy_changes(view[kind]) for kind in TITLES}
+    L = len(view["l2_norm"]["layer_out"])
+    for i in range(L):
+        line = f"{i + 1:5} {view['l2_norm']['layer_out'][i]:6.4g}"
+        for kind in TITLES:
+            line += f"{view[kind]['layer_out'][i]:10.3f}"
+            line += f"{changes[kind]['ffn'][i]:+13.3f}{changes[kind]['attn'][i]:+12.3f}"
+        if found["entropy"][0.05] == i + 1:
+            line += "   <- boundary"
+            line += ", but that is the whole model" if i + 1 == L else ""
+        print(line)
+    print("boundary: the end of the first run of blocks whose FFN raises entropy by more than\n"
+          "          tolerance x the largest change\n"
+          f"   {'tolerance':20}" + "".join(f"{tolerance:>6}" for tolerance in TOLERANCES))
+    for kind, title in TITLES.items():
+        print(f"   {title:20}" + "".join(f"{layer or 'none':>6}" for layer in found[kind].values()))
+
+
+def change(view: dict, kind: str, module: str) -> list[float]:
+    pairs = zip(view[kind][f"{module}_out"], view[kind][f"{module}_in"], strict=True)
+    return [after - before for after, before in pairs]
+
+
+def panels(view: dict) -> dict[str, dict[str, list[float]]]:
+    """A model's view, as lists -> figure -> title of a panel -> values by block."""
+    found = {"flow": {}, "changes": {}, "cosines": {}}
+    for kind, title in TITLES.items():
+        for stream, what in (("layer_out", "H"), ("attn_out", "A"), ("ffn_out", "F")):
+            found["flow"][f"entropy of ${what}^l$, nats, {title}"] = view[kind][stream]
+        for module, what in (("attn", "attention"), ("ffn", "FFN")):
+            name = f"{what}: entropy out - in, nats, {title}"
+            found["changes"][name] = change(view, kind, module)
+    for module, what in (("attn", "A"), ("ffn", "F")):
+        stream = "H^{l-1}" if module == "attn" else "H^{l-1}+A^l"
+        found["cosines"][f"cos(${what}^l$, ${stream}$): does it write along?"] = view["cosine"][module]
+        sizes = zip(view["l2_norm"][f"{module}_out"], view["l2_norm"]["layer_in"], strict=True)
+        name = f"control: size of ${what}^l$ / size of $H^{{l-1}}$"
+        found["cosines"][name] = [out / into for out, into in sizes]
+    return found
+
+
+def draw(views: dict[str, dict], folder: pathlib.Path) -> None:
+    """flow.png, changes.png and cosines.png: all models in each, told apart by colour and line."""
+    plt = pyplot()
+    found = {name: panels(view) for name, view in views.items()}
+    for figure_name, titles in next(iter(found.values())).items():
+        columns = len(titles) // 2
+        figure, axes = plt.subplots(2, columns, figsize=(6 * columns, 8), constrained_layout=True)
+        for axis, title in zip(axes.flat, titles, strict=True):
+            for number, name in enumerate(found):
+                values = found[name][figure_name][title]
+                axis.plot(range(1, len(values) + 1), values, marker="o", label=name,
+                          color=f"C{number % 10}", linestyle=DASHES[number % 4])
+            axis.set_title(title, fontsize=13)
+            axis.set_xlabel("block", fontsize=12)
+            axis.locator_params(axis="x", integer=True)
+            axis.grid(alpha=0.25)
+        axes.flat[0].legend(fontsize=12)
+        figure.savefig(folder / f"{figure_name}.png", dpi=110)
+        plt.close(figure)
+
+
+@dataclass
+class Args:
+    model: str = flag("tiny", "tiny, a model's or a run's folder, or a hub id; several are drawn "
+                      "into the same figures")
+    data: str = flag("arithmetic", "arithmetic, a .jsonl/.json/.parquet file, or a hub id: "
+                     "owner/set, owner/set:config, owner/set:config:split [split: test]")
+    system: str = flag("", "system message before each problem; larger models: asks for a box")
+    samples: int = flag(100, "answers, one to each of so many problems; the authors: 100", low=1)
+    max_new_tokens: int = flag(96, "longest answer in tokens; the authors: 3072", low=1)
+    tokens: int = flag(0, "answer tokens to pool; 0: all, as in the paper", low=0)
+    sample_layer: int = flag(None, "print some answers of this block's policy", low=1, kind=int)
+    micro_batch_tokens: int = flag(4096, "tokens in one forward pass", low=1)
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
+    dtype: str = flag("auto", "bfloat16 on a GPU, float32 on a CPU",
+                      choices=("auto", "float32", "bfloat16"))
+    seed: int = flag(0, "draws problems, answers and tokens", low=0, high=10**9)
+    output: str = flag("runs/internal", "folder for the JSON and the figures, new or empty")
+
+
+REAL = {"system": BOXED, "max_new_tokens": 1024, "tokens": 20000, "micro_batch_tokens": 16384}
+
+
+def several_models(argv: list[str]) -> tuple[list[str], list[str]]:
+    """`--model A B C` -> the names, each once, and the arguments with --model A alone."""
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--model", nargs="+", action="extend", default=[])
+    given, rest = parser.parse_known_args(argv)
+    names = list(dict.fromkeys(given.model or ["tiny"]))
+    return names, ["--model", names[0], *rest]
+
+
+def look_at(name: str, model, tokenizer, prompts: list[list[int]], args) -> dict:
+    """Samples, reads the blocks, prints -> the view as lists, what entropies.json keeps."""
+    print(f"\n{name}: first prompt {tokenizer.decode(prompts[0])!r}")
+    if args.sample_layer:
+        part = layer_policy(model, args.sample_layer)
+        said = sample(part, tokenizer, prompts[:3], 2, min(args.max_new_tokens, 64),
+                      seed=args.seed, alone=True)
+        print(f"block {args.sample_layer} says, to the first {len(prompts[:3])} prompts:")
+        for text in said.texts:
+            print(f"   {text!r}")
+    rollout = sample(model, tokenizer, prompts, 1, args.max_new_tokens, seed=args.seed, alone=True)
+    V, D = causal_lm(model).lm_head.weight.shape
+    total = int(rollout.lengths.sum())
+    pooled = min(args.tokens or total, total)
+    L = causal_lm(model).config.num_hidden_layers
+    price = (10 * L + 2) * 2 * D * V * pooled / 1e12
+    print(f"{len(prompts)} answers, {pooled} of their {total} tokens pooled: {price:.3g} TFLOP; "
+          f"ln V {math.log(V):.3f} nats")
+    view = rollout_view(model, rollout, args.micro_batch_tokens, args.tokens, args.seed)
+    print_view(view)
+    found = {"answers": len(prompts), "tokens": pooled, "vocabulary": V}
+    for quantity, streams in view.items():
+        found[quantity] = {stream: values.tolist() for stream, values in streams.items()}
+    found["boundary"] = {kind: boundaries(view[kind]) for kind in TITLES}
+    return found
+
+
+@exit_on_bad_input
+def main(argv=None):
+    names, rest = several_models(sys.argv[1:] if argv is None else argv)
+    args = parse_args(Args, REAL, __doc__, rest)
+    folder = pathlib.Path(args.output)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise BadInput(f"--output {folder}: holds something already; choose another folder")
+    problems = load_problems(args.data, "test", True, args.seed, args.samples)
+    ready = {}
+    for name in names:  # everything is checked before anything is written
+        tokenizer = load_tokenizer(name)
+        model = load_model(args, trained=False, name=name)
+        L = causal_lm(model).config.num_hidden_layers
+        probe = torch.arange(2, device=causal_lm(model).device)[None]           # (1, 2)
+        internal_view(model, probe, None, torch.ones_like(probe))
+        if args.sample_layer and args.sample_layer > L:
+            raise BadInput(f"--sample-layer {args.sample_layer}: {name} has blocks 1 (lowest) to "
+                           f"{L}")
+        longest = causal_lm(model).config.max_position_embeddings - args.max_new_tokens
+        kept = drop_long_prompts(tokenizer, problems, args.system, longest)
+        prompts = [encode_prompt(tokenizer, row["problem"], args.system) for row in kept]
+        ready[name] = (model, tokenizer, prompts)
+    folder.mkdir(parents=True, exist_ok=True)
+    views = {name: look_at(name, *parts, args) for name, parts in ready.items()}
+    if rank() > 0:
+        return
+    saved = {"flags": {**vars(args), "model": names}, "models": views}
+    (folder / "entropies.json").write_text(json.dumps(saved, indent=1))
+    draw(views, folder)
+    print(f"\nwritten: {folder}/entropies.json, flow.png, changes.png, cosines.png")
+
+
+if __name__ == "__main__":
+    main()
