@@ -1,161 +1,262 @@
-"""What the docs/*_results.py stand on: runs of the algorithm files as they are, several at a time, watched from outside.
+"""What the *_results.py stand on: runs of the algorithm files as they are, watched from outside.
 
-    results = runs("bupo", {"GRPO": ("grpo.py", "--steps 32")}, seeds=5, workers=2)     # -> {"GRPO": [a dict a seed]}
+    results = runs("bupo", {"GRPO": Arm("grpo.py", "--steps 32")}, seeds=5, workers=2)
 
-A run lives in runs/docs/<experiment>/<arm>-<seed>; one that is finished is read, not repeated, so a stopped experiment goes on.
+A run lives in runs/analysis/<experiment>/<arm>-<seed>. One that is finished is read and not
+repeated, so a stopped experiment goes on.
 """
 import argparse
 import contextlib
 import importlib
 import itertools
 import json
+import math
 import multiprocessing
 import pathlib
 import shutil
 import statistics
 import subprocess
-import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
-import matplotlib
+import torch
+from tqdm import tqdm
 
-matplotlib.use("Agg")
+from analysis import plot
+from common.run import Run, write_whole
+
+plt = plot.pyplot()
 ROOT = pathlib.Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-import common.run  # noqa: E402
-
-BLUE, SKY, ORANGE, VERMILION, GREEN, PURPLE, GREY = "#0072B2 #56B4E9 #E69F00 #D55E00 #009E73 #CC79A7 #777777".split()
+PAGES = ROOT / "analysis" / "results"
+BLUE, SKY, ORANGE, VERMILION = "#0072B2", "#56B4E9", "#E69F00", "#D55E00"
+GREEN, PURPLE, GREY = "#009E73", "#CC79A7", "#777777"
+NOT_KEPT = ("step", "tokens", "peak_gb", "gap_", "seconds_")  # metrics that are not in the JSON
 
 
-class Watched(common.run.Run):
-    """A run that is looked at every few steps; the model before training is evaluated once for all runs of an experiment."""
-    probe, every, prepare, after = None, 4, None, None
+@dataclass
+class Arm:
+    """One configuration. {seed} and {runs} in flags are filled in; the rest is what is watched."""
+    script: str
+    flags: str = ""
+    color: str = GREY
+    style: str = "-"
+    probe: Callable | None = None    # probe(run) -> dict, before training and every few steps
+    every: int = 4
+    prepare: Callable | None = None  # prepare(run, optimizer), before the first step
+    after: Callable | None = None    # after(run) -> dict, at the end
 
-    def attach(self, name, part):
-        return super().attach(name, self.prepare(self, part) if self.prepare and name == "optimizer" else part)
 
-    def look(self, step):
-        was = self.model.training
-        row = {"step": step, **self.probe(self)}
-        self.model.train(was)
-        with open(self.folder / "probe.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
+class Watched(Run):
+    """A Run that is looked at. The evaluation before training is made once for all runs that
+    start from the same model."""
+    arm: Arm
 
-    def measure(self, when):
-        if when == "before" and self.probe:
-            self.look(0)
-        cfg = self.cfg
-        name = cfg.model.strip("/").replace("/", "_")
-        cache = self.folder.parent / f"before-{name[-80:]}-{cfg.eval_problems}x{cfg.eval_k}-{cfg.max_new_tokens}.json"
+    def begin(self, **parts) -> int:
+        if self.arm.prepare:
+            self.arm.prepare(self, parts["optimizer"])
+        first = super().begin(**parts)
+        self.look(0)
+        return first
+
+    def measure(self, when: str) -> dict:
+        args = self.args
+        model = args.model.strip("/").replace("/", "_")[-80:]
+        name = f"before-{model}-{args.eval_problems}-{args.max_new_tokens}.json"
+        cache = self.folder.parent / name
         if when == "before" and cache.exists():
-            self.summary |= json.loads(cache.read_text())
-            return None
+            self.summary.update(json.loads(cache.read_text()))
+            return {}
         result = super().measure(when)
         if when == "before":
-            known = {key: value for key, value in self.summary.items() if key.endswith("_before") or key == "k"}
-            common.run.write_atomically(cache, json.dumps(known))
+            names = [name for name in self.summary if name.endswith("_before") or name == "k"]
+            write_whole(cache, json.dumps({name: self.summary[name] for name in names}))
         return result
 
-    def finish(self):
+    def log(self, step, rollout=None, rewards=None, parts=(), grad_norms=(), **values):
+        super().log(step, rollout, rewards, parts, grad_norms, **values)
+        self.last = (rollout, rewards)
+        if (step + 1) % self.arm.every == 0:
+            self.look(step + 1)
+
+    def look(self, step: int) -> None:
+        if self.arm.probe:
+            row = {"step": step, **self.arm.probe(self)}
+            self.model.train()
+            with open(self.folder / "probe.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+        self.lap_started = time.perf_counter()  # a look is no part of the next step
+
+    def finish(self) -> None:
         super().finish()
-        if self.after:
-            (self.folder / "after.json").write_text(json.dumps(self.after(self)))
-
-    def log(self, *args, **values):
-        super().log(*args, **values)
-        self.last = args
-        if self.probe and (self.step + 1) % self.every == 0:
-            self.look(self.step + 1)
+        if self.arm.after:
+            (self.folder / "after.json").write_text(json.dumps(self.arm.after(self)))
 
 
-def one(job):
-    """One run in this process; what it prints goes to <run>.log. probe(run) -> dict is called every few steps, after(run) -> dict
-    at the end, prepare(run, optimizer) -> optimizer before the first step."""
-    folder, script, flags, watch, commit = job
+def one(job) -> dict:
+    """One run, in this process; what it prints goes to <run>.log."""
+    folder, arm, flags, commit = job
     if not (folder / "commit.txt").exists():
         shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
         torch.set_num_threads(1)
-        common.run.Run = type("Watched", (Watched,), {k: staticmethod(v) if callable(v) else v for k, v in watch.items()})
-        with open(f"{folder}.log", "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        script = importlib.import_module(arm.script.removesuffix(".py"))
+        script.Run = Watched
+        Watched.arm = arm
+        with open(f"{folder}.log", "w") as log, contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.redirect_stdout(log))
+            stack.enter_context(contextlib.redirect_stderr(log))
             try:
-                importlib.import_module(script.removesuffix(".py")).main([*flags, "--output", str(folder)])
+                script.main([*flags, "--output", str(folder)])
             except SystemExit as error:
-                raise RuntimeError(f"{script} {' '.join(flags)}: see {log.name}") from error
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+                raise RuntimeError(f"{arm.script} {' '.join(flags)}: see {log.name}") from error
+        (folder / "checkpoint.pt").unlink(missing_ok=True)
         (folder / "commit.txt").write_text(commit)
-    read = lambda name, default: (folder / name).read_text() if (folder / name).exists() else default
-    rows, probes = ([json.loads(line) for line in read(name, "").splitlines()] for name in ("metrics.jsonl", "probe.jsonl"))
-    config = json.loads(read("config.json", ""))
-    return {"summary": json.loads(read("summary.json", "{}")), "after": json.loads(read("after.json", "{}")), "rows": rows,
-            "probe": probes, "seed": config["flags"]["seed"], "versions": config["versions"], "commit": read("commit.txt", "")}
+    return read(folder)
 
 
-def runs(experiment: str, arms: dict, seeds: int, workers: int = 2, first: int = 0, **watch) -> dict[str, list[dict]]:
-    """arms: name -> (script, flags, ...), {seed} and {runs} filled in; seeds first, first + 1, .... watch: probe, every, after,
-    prepare, for all; an arm's own come in a dict as its last element. -> name -> a result a seed, in order."""
-    git = lambda *command: subprocess.run(["git", *command], capture_output=True, text=True, cwd=ROOT).stdout.strip()
-    edited = " with uncommitted edits" if git("status", "--porcelain", "--untracked-files=no", ".", ":!docs/results") else ""
-    commit, base, jobs = git("rev-parse", "--short", "HEAD") + edited, ROOT / "runs" / "docs" / experiment, []
-    for seed in range(first, first + seeds):
+def read(folder: pathlib.Path) -> dict:
+    """A finished run -> "summary", "after", "rows", "probe", "seed", "versions", "commit"."""
+    config = json.loads((folder / "config.json").read_text())
+    after = folder / "after.json"
+    return {
+        "summary": json.loads((folder / "summary.json").read_text()),
+        "after": json.loads(after.read_text()) if after.exists() else {},
+        "rows": read_lines(folder / "metrics.jsonl"),
+        "probe": read_lines(folder / "probe.jsonl"),
+        "seed": config["flags"]["seed"],
+        "versions": config["versions"],
+        "commit": (folder / "commit.txt").read_text(),
+    }
+
+
+def read_lines(path: pathlib.Path) -> list[dict]:
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def git(*command: str) -> str:
+    done = subprocess.run(["git", *command], capture_output=True, text=True, cwd=ROOT)
+    return done.stdout.strip()
+
+
+def runs(experiment: str, arms: dict[str, Arm], args, first: int = 0) -> dict[str, list[dict]]:
+    """Makes all runs, args.workers at a time -> name -> a result per seed, in order.
+
+    Seeds are first, first + 1, ..., args.seeds of them. args.more is added to all flags.
+    """
+    commit = git("rev-parse", "--short", "HEAD")
+    if git("status", "--porcelain", "--untracked-files=no", ".", ":!analysis/results"):
+        commit += " with uncommitted edits"
+    base = ROOT / "runs" / "analysis" / experiment
+    jobs = []
+    for seed in range(first, first + args.seeds):
         for name, arm in arms.items():
-            own = arm[-1] if isinstance(arm[-1], dict) else {}
-            flags = arm[1].format(seed=seed, runs=base).split() + ["--seed", str(seed)]
-            jobs.append((base / f"{name.replace(' ', '_').replace('/', '_')}-{seed}", arm[0], flags, {**watch, **own}, commit))
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        done = list(tqdm(pool.imap(one, jobs), total=len(jobs), desc=experiment, unit="run"))
-    return {name: done[i::len(arms)] for i, name in enumerate(arms)}
+            flags = arm.flags.format(seed=seed, runs=base).split()
+            flags += ["--seed", str(seed), *args.more.split()]
+            folder = base / f"{name.replace(' ', '_').replace('/', '_')}-{seed}"
+            jobs.append((folder, arm, flags, commit))
+    with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
+        done = list(tqdm(pool.imap(one, jobs), experiment, total=len(jobs), unit="run"))
+    return {name: done[number::len(arms)] for number, name in enumerate(arms)}
 
 
 def arguments(description: str, seeds: int) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=description,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=seeds)
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time; each takes one core")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, a core each")
+    parser.add_argument("--more", default="", help="flags for every run, to try a script out: "
+                        "--more '--steps 2 --eval-problems 8'")
     return parser.parse_args()
 
 
-def spread(values, digits=3) -> str:
+class Results(dict):
+    """name -> a result per seed; the readings that tables are made of, a number per seed each."""
+
+    def summary(self, name: str, key: str) -> list[float]:
+        return [result["summary"][key] for result in self[name]]
+
+    def accuracy(self, name: str) -> list[float]:
+        return self.summary(name, "avg_at_k_after")
+
+    def pass_at(self, name: str, k: int) -> list[float]:
+        return [passes[str(k)] for passes in self.summary(name, "pass_at_after")]
+
+    def metric(self, name: str, key: str, last: int = 0) -> list[float]:
+        """The mean of a metric over the last steps; 0: over all."""
+        means = []
+        for result in self[name]:
+            rows = result["rows"][-last:]
+            means.append(mean([row.get(key, 0.0) for row in rows]))
+        return means
+
+    def curves(self, name: str, key: str) -> list[list[float]]:
+        """A metric by step, running means of four steps."""
+        found = []
+        for result in self[name]:
+            found.append(plot.smooth([row[key] for row in result["rows"]], 4))
+        return found
+
+    def probes(self, name: str, reading: Callable) -> list[list[float]]:
+        return [[reading(probe) for probe in result["probe"]] for result in self[name]]
+
+
+def mean(values) -> float:
+    return statistics.fmean(values)
+
+
+def standard_error(values) -> float:
+    """Of a mean over seeds; NaN for one seed."""
+    if len(values) < 2:
+        return math.nan
+    return statistics.stdev(values) / math.sqrt(len(values))
+
+
+def spread(values, digits: int = 3) -> str:
     """mean (lowest to highest)"""
-    return "{:.{d}f} ({:.{d}f} to {:.{d}f})".format(statistics.fmean(values), min(values), max(values), d=digits)
+    figures = [f"{x:.{digits}f}" for x in (mean(values), min(values), max(values))]
+    return "{} ({} to {})".format(*figures)
 
 
-def paired(a, b, digits=3) -> str:
+def differences(a, b) -> list[float]:
+    return [x - y for x, y in zip(a, b, strict=True)]
+
+
+def paired(a, b, digits: int = 3) -> str:
     """Mean difference a - b of paired seeds and its standard error."""
-    differences = [x - y for x, y in zip(a, b)]
-    error = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else float("nan")
-    return f"{statistics.fmean(differences):+.{digits}f} ± {error:.{digits}f}"
+    found = differences(a, b)
+    return f"{mean(found):+.{digits}f} ± {standard_error(found):.{digits}f}"
 
 
-def apart(values: dict[str, list[float]], digits=3) -> str:
-    """Which of all pairs of arms, paired by seed, differ by more than two standard errors: a line of text."""
+def apart(values: dict[str, list[float]], digits: int = 3) -> str:
+    """Which pairs of arms, paired by seed, differ by more than two standard errors: a line."""
     pairs = list(itertools.combinations(values, 2))
     found = []
     for a, b in pairs:
-        differences = [x - y for x, y in zip(values[a], values[b])]
-        mean, error = statistics.fmean(differences), statistics.stdev(differences) / len(differences) ** 0.5
-        if abs(mean) > 2 * error:
-            first, second = (a, b) if mean > 0 else (b, a)
-            found.append((abs(mean), f"{first} minus {second} {paired(values[first], values[second], digits)}"))
-    return f"Pairs that differ by more than two standard errors: {len(found)} of {len(pairs)}" + (
-        ": " + ", ".join(text for _, text in sorted(found, reverse=True)) if found else "") + ".\n"
-
-
-def smooth(rows, key, width=4) -> list[float]:
-    """Running mean of the last `width` values of a metric."""
-    values = [row[key] for row in rows]
-    return [statistics.fmean(values[max(0, i + 1 - width):i + 1]) for i in range(len(values))]
+        found_differences = differences(values[a], values[b])
+        size = mean(found_differences)
+        if abs(size) > 2 * standard_error(found_differences):
+            more, less = (a, b) if size > 0 else (b, a)
+            text = f"{more} minus {less} {paired(values[more], values[less], digits)}"
+            found.append((abs(size), text))
+    line = f"Pairs that differ by more than two standard errors: {len(found)} of {len(pairs)}"
+    if found:
+        line += ": " + ", ".join(text for _, text in sorted(found, reverse=True))
+    return line + ".\n"
 
 
 def band(axis, curves, label=None, color=None, style="-", x=None, fill=True) -> None:
     """The mean of several curves, and the range between the lowest and the highest."""
-    columns = list(zip(*curves))
+    columns = list(zip(*curves, strict=False))
     x = x or range(1, len(columns) + 1)
-    axis.plot(x, [statistics.fmean(c) for c in columns], style, color=color, linewidth=2.2, label=label)
+    means = [mean(column) for column in columns]
+    axis.plot(x, means, style, color=color, linewidth=2.2, label=label)
     if fill:
-        axis.fill_between(x, [min(c) for c in columns], [max(c) for c in columns], color=color, alpha=0.15, linewidth=0)
+        lowest = [min(column) for column in columns]
+        highest = [max(column) for column in columns]
+        axis.fill_between(x, lowest, highest, color=color, alpha=0.15, linewidth=0)
 
 
 def tidy(axis, title, xlabel="step", legend=False) -> None:
@@ -167,29 +268,43 @@ def tidy(axis, title, xlabel="step", legend=False) -> None:
         axis.legend(fontsize=9.5)
 
 
+def save(figure, name: str) -> None:
+    figure.savefig(PAGES / name, dpi=110)
+    plt.close(figure)
+
+
 def table(heads, rows) -> str:
     lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows]) + "\n"
+    for row in rows:
+        lines.append("| " + " | ".join(map(str, row)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def kept(result: dict) -> dict:
+    """What the JSON keeps of a run: everything but seconds and such."""
+    names = dict.fromkeys(name for row in result["rows"] for name in row)
+    by_step = {}
+    for name in names:
+        if not name.startswith(NOT_KEPT):
+            by_step[name] = [row.get(name) for row in result["rows"]]
+    origin = {name: result[name] for name in ("seed", "commit", "versions")}
+    return {**origin, **result["summary"], "by_step": by_step, "probe": result["probe"],
+            "at_the_end": result["after"]}
 
 
 def write(name: str, results: dict, tables: dict[str, str]) -> None:
-    """docs/results/<name>.json with every run's seed, commit, versions, summary and metrics by step, but for seconds and such;
-    tables go into <name>.md, and are printed.
+    """analysis/results/<name>.json; the tables go into <name>.md and are printed.
 
-    In the Markdown file a table stands between <!-- table: key --> and <!-- end -->; the words around it are ours.
+    In the page a table stands between <!-- table: key --> and <!-- end -->; the words around it
+    are ours.
     """
-    out = ROOT / "docs" / "results"
-    of_the_machine = ("step", "tokens", "peak_gb", "gap_", "seconds_")
-    by_step = lambda rows: {key: [row.get(key) for row in rows] for key in {key: 0 for row in rows for key in row}
-                            if not key.startswith(of_the_machine)}
-    kept = {arm: [{"seed": r["seed"], "commit": r["commit"], "versions": r["versions"], **r["summary"],
-                   "by_step": by_step(r["rows"]), "probe": r["probe"], "at_the_end": r["after"]} for r in of]
-            for arm, of in results.items()}
-    (out / f"{name}.json").write_text(json.dumps(kept, separators=(",", ":")) + "\n")
-    page = out / f"{name}.md"
-    text = page.read_text() if page.exists() else "".join(f"<!-- table: {key} -->\n<!-- end -->\n\n" for key in tables)
+    found = {arm: [kept(result) for result in seeds] for arm, seeds in results.items()}
+    (PAGES / f"{name}.json").write_text(json.dumps(found, separators=(",", ":")) + "\n")
+    page = PAGES / f"{name}.md"
+    text = page.read_text()
     for key, body in tables.items():
         print(f"\n{key}\n{body}")
         before, mark, rest = text.partition(f"<!-- table: {key} -->\n")
-        text = before + mark + body + rest[rest.index("<!-- end -->"):] if mark else text
+        if mark:
+            text = before + mark + body + rest[rest.index("<!-- end -->"):]
     page.write_text(text)

@@ -1,88 +1,143 @@
-"""All methods side by side on the embedded model -> docs/results/main.{json,md,png}, the README's first figure and its table.
+"""All methods side by side on the embedded model -> results/main.{json,md,png}.
 
-    python docs/main_results.py            # eleven methods, five seeds, two runs at a time: 40 minutes; finished runs are kept
+    python -m analysis.main_results     # eleven methods, five seeds, two runs at a time: 40 minutes
 
-4,096 answers a run, the teacher's among them, where a method has no number of its own (one-shot EM: ten updates of 64 answers;
-fine-tuning: 2,048 answers of a teacher). Every run starts from the same model.
+4,096 answers per run, the teacher's among them, where a method has no number of its own (one-shot
+EM: ten updates of 64 answers; fine-tuning: 2,048 answers of a teacher). Every run starts from the
+same model. Accuracy: 8 answers to each of 1,024 held-out problems.
 """
 import json
-import statistics
+from dataclasses import dataclass
 
-import experiment as ex
-import matplotlib.pyplot as plt
+from analysis import experiment as ex
+from analysis.plot import COLOURS
 
-from common.plot import COLOURS
+EVAL = "--eval-problems 1024"
 
-EVAL = "--eval-problems 128 --eval-k 64"
-ARMS = {  # name -> script, flags, line, answers drawn, labels read
-    "GRPO": ("grpo.py", EVAL, "-", 4096, 256),
-    "RLOO": ("grpo.py", f"{EVAL} --advantage rloo", "--", 4096, 256),
-    "REINFORCE++": ("grpo.py", f"{EVAL} --advantage reinforce++", "-.", 4096, 256),
-    "Dr. GRPO": ("grpo.py", f"{EVAL} --advantage dr_grpo --aggregation constant", ":", 4096, 256),
-    "PPO": ("ppo.py", EVAL, "-", 4096, 256),
-    "BuPO": ("bupo.py", EVAL, "-", 4096, 256),
-    "ATR-GRPO": ("kl3_grpo.py", EVAL, "-", 4096, 256),
-    "one-shot EM": ("entropy_min.py", EVAL, "-", 640, 0),
-    "long-CoT SFT": ("long_cot_sft.py", f"{EVAL} --max-new-tokens 112", "-", 2048, 256),
+
+@dataclass
+class Method(ex.Arm):
+    answers: int = 4096
+    labels: int = 256
+    start: str = ""  # the method whose model it starts from
+
+
+DR_GRPO = f"{EVAL} --advantage dr_grpo --aggregation constant"
+FROM_EM = f"{EVAL} --steps 27 --model {{runs}}/one-shot_EM-{{seed}}/model"
+FROM_SFT = f"{EVAL} --steps 16 --max-new-tokens 112 --model {{runs}}/long-CoT_SFT-{{seed}}/model"
+ARMS = {
+    "GRPO": Method("grpo.py", EVAL),
+    "RLOO": Method("grpo.py", f"{EVAL} --advantage rloo", style="--"),
+    "REINFORCE++": Method("grpo.py", f"{EVAL} --advantage reinforce++", style="-."),
+    "Dr. GRPO": Method("grpo.py", DR_GRPO, style=":"),
+    "PPO": Method("ppo.py", EVAL),
+    "BuPO": Method("bupo.py", EVAL),
+    "ATR-GRPO": Method("kl3_grpo.py", EVAL),
+    "one-shot EM": Method("entropy_min.py", EVAL, answers=640, labels=0),
+    "long-CoT SFT": Method("long_cot_sft.py", f"{EVAL} --max-new-tokens 112", answers=2048),
 }
-SECOND = {  # from another's model
-    "EM, then GRPO": ("grpo.py", f"{EVAL} --steps 27 --model {{runs}}/one-shot_EM-{{seed}}/model", "--", 4096, 216),
-    "SFT, then PPO": ("ppo.py", f"{EVAL} --steps 16 --max-new-tokens 112 --model {{runs}}/long-CoT_SFT-{{seed}}/model", "--",
-                      4096, 384),
+SECOND = {
+    "EM, then GRPO": Method("grpo.py", FROM_EM, style="--", labels=216, start="one-shot EM"),
+    "SFT, then PPO": Method("ppo.py", FROM_SFT, style="--", labels=384, start="long-CoT SFT"),
 }
+METHODS = ARMS | SECOND
+
+
+def colour(name: str) -> str:
+    first = METHODS[name].start or name
+    return COLOURS[METHODS[first].script.removesuffix(".py")]
+
+
+def line(results, name: str) -> list:
+    """A method's row of the table."""
+    accuracy = results.accuracy(name)
+    seconds = ex.mean(results.summary(name, "seconds"))
+    if METHODS[name].start:  # whose seconds count too
+        seconds += ex.mean(results.summary(METHODS[name].start, "seconds"))
+    error = ex.standard_error(accuracy)
+    return [
+        name,
+        f"{ex.mean(accuracy):.3f} ± {error:.3f} ({min(accuracy):.3f} to {max(accuracy):.3f})",
+        "" if name == "GRPO" else ex.paired(accuracy, results.accuracy("GRPO")),
+        f"{ex.mean(results.pass_at(name, 8)):.3f}",
+        f"{ex.mean(results.summary(name, 'length_after')):.0f}",
+        f"{ex.mean(results.metric(name, 'entropy', last=4)):.3f}",
+        f"{seconds:.0f}",
+        METHODS[name].answers,
+        METHODS[name].labels,
+    ]
+
+
+def all_methods(results, seeds: int) -> str:
+    start = results["GRPO"][0]["summary"]
+    before = ["before", f"{start['avg_at_k_before']:.3f}", "",
+              f"{start['pass_at_before']['8']:.3f}", f"{start['length_before']:.0f}"]
+    heads = ["method", "Avg@8", "minus GRPO, paired", "Pass@8", "tokens", "entropy", "seconds",
+             "answers drawn", "labels"]
+    rows = [[*before, "", "", "", ""], *(line(results, name) for name in METHODS)]
+    errors = [ex.mean(results.summary(name, "standard_error_after")) for name in METHODS]
+    return ex.table(heads, rows) + (
+        f"\nAvg@8: mean of 8 answers at temperature 1 to each of 1,024 held-out problems; mean of "
+        f"{seeds} seeds ± its standard error (lowest to highest seed). All have the same problems; "
+        f"one run's standard error over problems is {ex.mean(errors):.3f}. Entropy: nats per "
+        "token, last 4 steps (of the teacher's tokens for SFT). Seconds: of one core while another "
+        "run has the other, evaluation included.\n")
+
+
+def bupo_twice(results) -> str:
+    """BuPO minus its rivals, with the seeds of bupo.json beside these."""
+    earlier = {}
+    for name, seeds in json.loads((ex.PAGES / "bupo.json").read_text()).items():
+        earlier[name] = [result["avg_at_k_after"] for result in seeds]
+    rows = []
+    for rival in ("GRPO", "RLOO", "REINFORCE++"):
+        these = results.accuracy("BuPO"), results.accuracy(rival)
+        those = earlier["BuPO"], earlier[rival]
+        together = these[0] + those[0], these[1] + those[1]
+        rows.append([rival, ex.paired(*these), ex.paired(*those), ex.paired(*together)])
+    return ex.table(["BuPO minus", "these seeds", "those of bupo.md", "all"], rows)
+
+
+def draw_rewards(axis, results) -> None:
+    for name, method in METHODS.items():
+        if "reward" not in results[name][0]["rows"][0]:
+            continue
+        curves = results.curves(name, "reward")
+        start = METHODS[method.start].answers if method.start else 0
+        x = [start + 128 * (step + 1) for step in range(len(curves[0]))]
+        solid = method.style == "-"
+        ex.band(axis, curves, name, colour(name), method.style, x, solid)
+    title = "share of sampled answers that are right (mean of four steps)"
+    ex.tidy(axis, title, "answers drawn", legend=True)
+
+
+def draw_accuracy(axis, results) -> None:
+    names = sorted(METHODS, key=lambda name: ex.mean(results.accuracy(name)))
+    for y, name in enumerate(names):
+        values = results.accuracy(name)
+        alpha = 0.75 if METHODS[name].style == "-" else 0.35
+        axis.barh(y, ex.mean(values), color=colour(name), alpha=alpha)
+        axis.plot(values, [y] * len(values), "o", color="black", markersize=4)
+    before = results["GRPO"][0]["summary"]["avg_at_k_before"]
+    axis.axvline(before, color="black", linestyle=":", linewidth=1.5)
+    axis.annotate(" before", (before, len(names) - 0.45), fontsize=11)
+    axis.set_yticks(range(len(names)), names, fontsize=12)
+    title = "held-out accuracy: mean and every seed"
+    ex.tidy(axis, title, "mean of 8 answers at temperature 1")
+    axis.tick_params(axis="y", labelsize=12)
 
 
 def main():
     args = ex.arguments(__doc__, seeds=5)
-    results = ex.runs("main", ARMS, args.seeds, args.workers) | ex.runs("main", SECOND, args.seeds, args.workers)
-    arms = ARMS | SECOND
-    of = lambda name, key: [r["summary"][key] for r in results[name]]
-    mean = lambda name, key: statistics.fmean(of(name, key))
-    accuracy = lambda name: of(name, "avg_at_k_after")
-    entropy = lambda name: statistics.fmean(row["entropy"] for r in results[name] for row in r["rows"][-4:])
-    first = {"EM, then GRPO": "one-shot EM", "SFT, then PPO": "long-CoT SFT"}  # whose seconds count too
-    deviation = lambda values: statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    figures = (statistics.fmean, deviation, min, max)
-    spread = lambda values: "{:.3f} ± {:.3f} ({:.3f} to {:.3f})".format(*(f(values) for f in figures))
-    rows = [[name, spread(accuracy(name)), "" if name == "GRPO" else ex.paired(accuracy(name), accuracy("GRPO")),
-             f"{statistics.fmean(s['64'] for s in of(name, 'pass_at_after')):.3f}", f"{mean(name, 'length_after'):.0f}",
-             f"{entropy(name):.3f}", f"{mean(name, 'seconds') + (mean(first[name], 'seconds') if name in first else 0):.0f}",
-             *arms[name][3:]] for name in arms]
-    error = statistics.fmean(x for name in arms for x in of(name, "standard_error_after"))
-    before = of("GRPO", "avg_at_k_before")[0], of("GRPO", "pass_at_before")[0]["64"], of("GRPO", "length_before")[0]
-    heads = ["method", "Avg@64", "minus GRPO, paired", "Pass@64", "tokens", "entropy", "seconds", "answers drawn", "labels"]
-    text = ex.table(heads, [["before", f"{before[0]:.3f}", "", f"{before[1]:.3f}", f"{before[2]:.0f}", "", "", "", ""], *rows])
-    text += ("\nAvg@64: mean of 64 answers at temperature 1 to each of 128 held-out problems, what Avg@8 estimates with more "
-             f"noise; mean of {args.seeds} seeds ± its standard error (lowest to highest seed). All have the same problems; "
-             f"one run's standard error over problems is {error:.3f}. Entropy: nats a token, last 4 steps "
-             "(of the teacher's tokens for SFT). Seconds: of one core while another run has the other, evaluation included.\n")
-    earlier = {name: [r["avg_at_k_after"] for r in of] for name, of in
-               json.loads((ex.ROOT / "docs" / "results" / "bupo.json").read_text()).items()}
-    twice = ex.table(["BuPO minus", "these seeds", "those of bupo.md", "all"], [
-        [rival, ex.paired(accuracy("BuPO"), accuracy(rival)), ex.paired(earlier["BuPO"], earlier[rival]),
-         ex.paired(accuracy("BuPO") + earlier["BuPO"], accuracy(rival) + earlier[rival])]
-        for rival in ("GRPO", "RLOO", "REINFORCE++")])
-    ex.write("main", results, {"all": text, "twice": twice})
-
-    figure, axes = plt.subplots(1, 2, figsize=(13, 5), constrained_layout=True, width_ratios=(1.2, 1))
-    color = lambda name: COLOURS[arms[first.get(name, name)][0][:-3]]
-    for name, (_, _, style, *_) in arms.items():
-        if "reward" in results[name][0]["rows"][0]:
-            start = arms[first[name]][3] if name in first else 0
-            curves = [ex.smooth(r["rows"], "reward") for r in results[name]]
-            x = [start + 128 * (i + 1) for i in range(len(curves[0]))]
-            ex.band(axes[0], curves, name, color(name), style, x=x, fill=style == "-")
-    ex.tidy(axes[0], "share of sampled answers that are right (mean of four steps)", "answers drawn", legend=True)
-    names = sorted(arms, key=lambda name: statistics.fmean(accuracy(name)))
-    for y, name in enumerate(names):
-        axes[1].barh(y, statistics.fmean(accuracy(name)), color=color(name), alpha=0.75 if arms[name][2] == "-" else 0.35)
-        axes[1].plot(accuracy(name), [y] * args.seeds, "o", color="black", markersize=4)
-    axes[1].axvline(before[0], color="black", linestyle=":", linewidth=1.5)
-    axes[1].annotate(" before", (before[0], len(names) - 0.45), fontsize=11)
-    axes[1].set_yticks(range(len(names)), names, fontsize=12)
-    ex.tidy(axes[1], "held-out accuracy: mean and every seed", "mean of 64 answers at temperature 1")
-    axes[1].tick_params(axis="y", labelsize=12)
-    figure.savefig(ex.ROOT / "docs" / "results" / "main.png", dpi=110)
+    results = ex.Results(ex.runs("main", ARMS, args))
+    results.update(ex.runs("main", SECOND, args))
+    tables = {"all": all_methods(results, args.seeds), "twice": bupo_twice(results)}
+    ex.write("main", results, tables)
+    figure, axes = ex.plt.subplots(1, 2, figsize=(13, 5), constrained_layout=True,
+                                   width_ratios=(1.2, 1))
+    draw_rewards(axes[0], results)
+    draw_accuracy(axes[1], results)
+    ex.save(figure, "main.png")
 
 
 if __name__ == "__main__":
