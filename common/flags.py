@@ -17,6 +17,7 @@ import sys
 
 import torch
 from safetensors import SafetensorError
+from tqdm import tqdm
 
 from common.distributed import process_group
 
@@ -152,8 +153,8 @@ def exit_on_bad_input(main):
             reason = str(error) or type(error).__name__
             if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in reason:
                 reason = "out of memory: lower --micro-batch-tokens or --group-size, then --resume"
-            elif type(error) is RuntimeError and "PytorchStreamWriter" not in reason:
-                raise  # a bug; the other is how torch.save names a full disk
-            print(f"error: {reason.splitlines()[0]}", file=sys.stderr)
+            elif type(error) is RuntimeError:
+                raise  # a bug
+            tqdm.write(f"error: {reason.splitlines()[0]}", file=sys.stderr)  # not behind a bar
             raise SystemExit(2) from None
     return wrapped

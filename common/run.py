@@ -217,7 +217,10 @@ class Run:
         state = whole({"step": step, "data": self.fingerprint(), "weights": weights, "parts": parts})
         if rank() == 0:
             place = self.folder / "checkpoint.pt"
-            torch.save(state, place.with_suffix(".tmp"))
+            try:
+                torch.save(state, place.with_suffix(".tmp"))
+            except RuntimeError as error:  # what torch raises where the disk is full
+                raise OSError(f"{place} cannot be written: is the disk full?") from error
             place.with_suffix(".tmp").replace(place)
 
     def restore(self) -> int:
