@@ -1,334 +1,412 @@
-"""Long chain-of-thought by fine-tuning: take a teacher's long answers, keep those that come out right, imitate them.
+"""Long chain-of-thought SFT: keep the right ones among a teacher's long answers and imitate them.
 
-Paper: Demystifying Long Chain-of-Thought Reasoning in LLMs (arXiv 2502.03373), sections 3 to 5; ppo.py is its RL half.
-Run:   python long_cot_sft.py                                   the embedded model learns to check itself, a minute on a laptop
-       python long_cot_sft.py --teacher-style short             the paper's rival: short chains, sampled at temperature 0.7
-       python long_cot_sft.py --source construct                chains built action by action instead of sampled whole
-       python long_cot_sft.py --label-noise 0.3 --filter agree  labels of which three in ten are wrong, and a filter
-       python long_cot_sft.py --model Qwen/Qwen2.5-Math-7B --traces demystify-long-cot/math-train-qwq-rs-n32
-       python ppo.py --model runs/long_cot_sft                  reinforcement learning after it
-See:   the share of answers kept and a histogram of their lengths; then the loss falls within one pass, and the student, unasked,
-       writes the teacher's long chains: answers grow longer, more of them are right, "wait" appears.
-       <run>/traces.jsonl is what it learnt from, <run>/problems.jsonl the labels, for --data of ppo.py or grpo.py.
+Paper: Demystifying Long Chain-of-Thought (arXiv 2502.03373), sections 3 to 5; ppo.py is its RL.
+Run:   python long_cot_sft.py                        the embedded model learns to check itself
+       python long_cot_sft.py --teacher-style short  the paper's rival: short chains
+       python long_cot_sft.py --model Qwen/Qwen2.5-Math-7B --traces TRACES.jsonl
+See:   the share of answers kept and a histogram of their lengths. The loss falls, and the student
+       writes long chains unasked: more of its answers are right, "wait" appears in them.
+       <run>/traces.jsonl is what it learns from; python ppo.py --model runs/long_cot_sft goes on.
 
-The teacher shares the student's device while it samples. One that needs a server is sampled there; its answers come by --traces.
+Deviations from the paper, and why:
+1. The loss is a mean over all tokens of an update, so that micro-batches change nothing (authors:
+   per answer first). Prompts are masked; the one stop token behind an answer is trained.
+2. The schedule is theirs, 3 % warm-up and a cosine to 10 %, at a higher rate for small models.
+3. The teacher shares the student's device. One that needs a server (theirs: QwQ-32B-Preview, short
+   chains Qwen2.5-Math-72B-Instruct) is sampled there, and its answers come by --traces.
+4. Repeated answers are kept once, those that were cut off never; a trace that is longer than the
+   context is dropped, not cut.
+5. Their counter of reflection words is not published; ours counts answers with the whole word.
 
-Deviations ledger: paper | the authors' code | here, and why
-  problems         | 7,500 of MATH | the same | the training part of --data
-  long chains      | QwQ-32B-Preview, T 1, top-p 0.95, 8,192 tokens | data sets released | --teacher-style long, as there;
-      the embedded teacher is asked for its long style, which the student's prompt does not name
-  short chains     | Qwen2.5-Math-72B-Instruct, T 0.7, top-p 0.95, 4,096 tokens; T 1 failed | the same | --teacher-style short
-  answers a problem| N in 32 .. 256, all right ones kept | the same | --samples; repeated ones once, those that did not end never
-  verifier         | SymEval | SymEval for the data, strings by default in RL | common/verify.py
-  SFT              | batch 256, lr 5e-6, 2 epochs, 128k tokens | Adam betas 0.9 and 0.95, no decay, clip 1, cosine to 10 %, 3 % of
-      warm-up from 0 | the same for larger models; warm-up from the first share; longer than the context: dropped and counted
-  loss             | not said | mean per answer (micro-batch 1), prompt masked, stop token in | mean over all tokens of an update,
-      so that micro-batching changes nothing
-  evaluation       | T 0.7, top-p 0.95, 4 answers or more, 16,384 tokens | the same | T 1; common.evaluate --temperature --top-p
-  long contexts    | RoPE theta x 10 for Qwen2.5-Math-7B | in the model's config | the same way: edit config.json of a local copy
-  silver data, SFT | WebInstruct: one answer, not verified; 0, 50 or 100 % of the mix | a data set | --keep all --samples 1
-  silver data, RL  | 2 answers a problem, dropped if neither matches its label: 115k problems, 189k answers | not released |
-      --filter agree, by the first two of --samples; wrong labels are made by --label-noise on the embedded task
-  constructed      | Qwen2.5-72B-Instruct, o1-mini reflects; each reply names the next state | not released; how it is asked
-      to is unknown | prompts of our own, one model for all; only reflection decides: on, done, or "Alternatively, ..."
-  constructed kept | about 200k samples | - | those whose final box verifies; --max-turns bounds the loop.
-      On the embedded task a script plays the chat model: it is a demonstration, the model must first learn the foreign format
-  keyword rates    | five words, by benchmark; counter unpublished | - | share of answers with the whole word, before and after
+Axes: B traces, T answer tokens, V vocabulary; b a micro-batch's share of B.
 """
+import functools
 import gc
 import json
 import math
 import pathlib
-import random
 import re
-import sys
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
+from transformers import AutoConfig
 
-from common.arithmetic import solve
-from common.data import batch_of, encode_prompt
-from common.distributed import rank, share, size, total
-from common.errors import BadInput
-from common.evaluate import describe_reflection, reflection_rates  # noqa: F401  (the paper's measure, offered from here too)
-from common.flags import BOXED, Shared, exit_on_bad_input, flag, parse_flags
+from common.data import batch_of, drop_long_prompts, encode_prompt, is_chat, is_text, read_rows
+from common.distributed import everyone, rank, share, size, total
+from common.flags import BOXED, BadInput, Shared, exit_on_bad_input, flag, parse_args
 from common.logprobs import micro_batches, response_logprobs
-from common.models import causal_lm, is_small, load_model, load_tokenizer
-from common.run import start
-from common.sampling import sample_texts
-from common.traces import (
-    as_rollout,
-    collect,
-    describe_lengths,
-    encode_traces,
-    fingerprint,
-    judge,
-    load_traces,
-    noisy_labels,
-    question,
-    read_sampled,
-)
-from common.verify import reward
+from common.models import causal_lm, from_pretrained, is_small, load_model, load_tokenizer, stop_ids
+from common.run import Run
+from common.sampling import Rollout, sample
+from common.verify import verify
 
-PATIENCE = 64  # problems without one kept answer before sampling gives up
-ROWS = 256     # answers that are drawn together and written at once: a kill costs at most so many
+WORDS = ("wait", "recheck", "alternatively", "retry", "however")
+TEMPERATURE = {"long": 1.0, "short": 0.7}
+SETTINGS = ("teacher", "teacher_system", "teacher_temperature", "teacher_top_p",
+            "teacher_max_new_tokens", "samples", "keep", "seed")  # what sampled traces depend on
+ROWS = 256     # answers that are drawn and written together: a kill loses no more
+PATIENCE = 64  # problems without an answer to keep before the teacher is given up
+
+
+def reward(text: str, row: dict) -> float:
+    """What an answer is worth; traces are kept from 1 on. Put your own here: row has every column."""
+    return verify(text, row["answer"])
 
 
 def sft_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean of -log p(label) over the labels that are not -100, nats. (B, T, V), (B, T) -> scalar.
+    """Mean of -log p(label), nats, where the label is not -100. (B, T, V), (B, T) -> scalar.
 
-    Already shifted: logits[:, t] predicts labels[:, t]. For reading and testing: main() computes the same without a (B, T, V).
+    Already shifted: logits[:, t] predicts labels[:, t]. main() computes it without a (B, T, V).
     """
-    inside = labels != -100                                                             # (B, T)
-    logp = logits.float().log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])    # (B, T, 1)
-    return -(logp[..., 0] * inside).sum() / inside.sum().clamp(min=1)
+    inside = labels != -100                                             # (B, T)
+    targets = labels.clamp(min=0)[..., None]                            # (B, T, 1)
+    logp = logits.float().log_softmax(-1).gather(-1, targets)[..., 0]   # (B, T)
+    return -(logp * inside).sum() / inside.sum().clamp(min=1)
 
 
 def lr_at(step: int, total: int, peak: float, warmup: float = 0.03, floor: float = 0.1) -> float:
-    """Learning rate of update `step` (0-based) of `total`: a straight rise to the peak, then half a cosine to floor x peak."""
+    """Learning rate of update `step` (0-based): straight up to the peak, half a cosine down."""
     rise = math.ceil(warmup * total)
     if step < rise:
         return peak * (step + 1) / rise
-    return peak * (floor + (1 - floor) * (1 + math.cos(math.pi * (step - rise) / (total - rise))) / 2)
+    cosine = (1 + math.cos(math.pi * (step - rise) / (total - rise))) / 2
+    return peak * (floor + (1 - floor) * cosine)
 
 
-ACTIONS = {  # paper, section 5.1: five actions; the wording is ours
-    "clarify": "Say in your own words what the problem gives and what it wants. Do not solve anything yet.",
-    "decompose": "Given the thoughts so far, propose the next goal that brings us closer, and two other ways to go on, each "
-                 "beginning with 'Alternatively,'. Close with a line 'NEXT: ' and the goal you choose.",
-    "solve": "Work on the current goal and on nothing else. Write out the calculation with symbols.",
-    "reflect": "Check the last thought by a way of its own: another method, putting the result in, or working backwards. "
-               "Then write the lines 'GOAL: yes' or 'GOAL: no' (is the current goal reached?) and 'PROBLEM: yes' or "
-               "'PROBLEM: no' (is the whole problem solved?). If the goal is not reached, close with a line "
-               "'NEXT: Alternatively, ' and a new goal.",
-    "answer": "State the final answer of the thoughts so far within \\boxed{}.",
-}
-MARK = re.compile(r"^(GOAL|PROBLEM|NEXT):[ \t]*(.*)$", re.MULTILINE)
+def reflection_rates(texts: list[str]) -> dict[str, float]:
+    """Share of texts that hold each of five words, whole and in any case; NaN without texts."""
+    rates = {}
+    for word in WORDS:
+        found = sum(bool(re.search(rf"\b{word}\b", text, re.IGNORECASE)) for text in texts)
+        rates[word] = found / len(texts) if texts else math.nan
+    return rates
 
 
-def chain_turns(problem: str, max_turns: int, joint: str):
-    """The state machine, a generator: yields the messages of a turn, is sent the reply, returns the chain, None if out of turns.
+def histogram(lengths: list[int], bins: int = 8) -> dict[str, int]:
+    """{"from-to": how many}, in equal bins from the shortest to the longest, tokens."""
+    low = min(lengths)
+    width = (max(lengths) - low) // bins + 1
+    counts = Counter((length - low) // width for length in lengths)
+    edges = [low + i * width for i in range(bins)]
+    return {f"{edge}-{edge + width - 1}": counts[i] for i, edge in enumerate(edges)}
 
-    clarify -> decompose -> solve -> reflect; then answer if the problem is solved, decompose if only the goal is reached, and
-    else solve again with the goal that reflection names. Thoughts become the chain; the lines with the verdicts do not.
+
+def load_traces(name: str) -> list[tuple]:
+    """--traces, with messages, prompt and completion, or sampled here -> (problem, answer) pairs.
+
+    Of messages the last is learnt, which must be the assistant's. BadInput if no row is usable.
     """
-    state, goal, thoughts = "clarify", problem, []
-    for _ in range(max_turns):
-        reply = yield [{"role": "system", "content": ACTIONS[state]}, {"role": "user", "content":
-                       f"Problem: {problem}\nThoughts so far: {''.join(thoughts)}\nCurrent goal: {goal}"}]
-        if reply is None:  # cut off, or no room left to ask
-            return None
-        marks = {name: value.strip() for name, value in MARK.findall(reply)}
-        thought = MARK.sub("", reply).strip("\n")
-        if state == "answer":
-            return "".join(thoughts) + (thought if "\\boxed" in thought else f"\\boxed{{{thought}}}")
-        thoughts.append(thought + joint)
-        if state != "reflect":
-            state, goal = {"clarify": "decompose", "decompose": "solve", "solve": "reflect"}[state], marks.get("NEXT", goal)
-        elif marks.get("PROBLEM", "").lower() == "yes":
-            state = "answer"
-        elif marks.get("GOAL", "").lower() == "yes":
-            state = "decompose"
-        else:
-            state, goal = "solve", marks.get("NEXT", goal)
-            thoughts.append(goal + joint)
-    return None
+    rows = read_rows(name, "train", "--traces")
+    pairs = []
+    for row in rows:
+        problem, answers = row.get("prompt"), [row.get("completion")]
+        if isinstance(row.get("completions"), list):
+            problem, answers = row.get("problem"), row["completions"]
+        elif is_chat(row.get("messages")):
+            *problem, last = row["messages"]
+            answers = [last["content"] if last["role"] == "assistant" else None]
+        for answer in answers:
+            pairs.append((problem, answer[-1]["content"] if is_chat(answer) else answer))
+    good = [pair for pair in pairs if is_text(pair[1]) and (is_text(pair[0]) or is_chat(pair[0]))]
+    print(f"traces: {name}: {len(rows)} rows, {len(pairs) - len(good)} without prompt or answer")
+    if not good:
+        raise BadInput(f"--traces {name}: no row has messages that end with the assistant's, or a "
+                       f"prompt and a completion; it has {', '.join(rows[0])}")
+    return good
 
 
-def construct_chains(ask_all, problems: list[str], max_turns: int, joint: str = "\n") -> list[str | None]:
-    """A chain to each problem, all in step. ask_all(list of conversations, turn) -> list of replies. joint: between thoughts."""
-    chains, machines = [None] * len(problems), [chain_turns(problem, max_turns, joint) for problem in problems]
-    waiting = {i: next(machine) for i, machine in enumerate(machines)}
-    for turn in range(max_turns):
-        for i, reply in zip(list(waiting), ask_all(list(waiting.values()), turn) if waiting else ()):
-            try:
-                waiting[i] = machines[i].send(reply)
-            except StopIteration as end:
-                chains[i] = end.value
-                del waiting[i]
-    return chains
+def read_sampled(path: pathlib.Path, problems: list[dict], settings: str, batch: int):
+    """-> rows, the bytes they take: all that is in a file, or whole batches if some are missing.
 
-
-def construct_chain(ask, problem: str, max_turns: int, joint: str = "\n") -> str | None:
-    """One chain by asking ask(messages) -> reply at most max_turns times; None if that was not enough."""
-    return construct_chains(lambda turns, _: [ask(messages) for messages in turns], [problem], max_turns, joint)[0]
-
-
-def scripted_actor(problem: str, rng: random.Random, slip: float = 0.2, missed: float = 0.1):
-    """ask(messages) -> reply for one problem of the embedded task: rules that perform the five actions, no model.
-
-    A result is wrong with probability slip, and the check lets a wrong one pass with probability missed: work for reflection.
-    Of the words only those that the embedded model writes already: others, "Alternatively" too, cost it more than they teach.
+    What is behind the last newline was cut short. BadInput for other problems or settings.
     """
-    numbers, operators, result = [int(n) for n in re.findall(r"\d+", problem)], re.findall(r"[-+*]", problem), 0
-
-    def ask(messages: list[dict]) -> str:
-        nonlocal result
-        action = next(name for name, text in ACTIONS.items() if text == messages[0]["content"])
-        if action in ("clarify", "answer"):
-            return problem[len("Compute "):-1] if action == "clarify" else f"\\boxed{{{numbers[0]}}}"
-        i = operators.index("*") if "*" in operators else 0
-        a, b, operator = numbers[i], numbers[i + 1], operators[i]
-        right = solve([a, b], [operator])[-1][3]
-        if action == "decompose":
-            return f"{a}{operator}{b}\nNEXT: {a}{operator}{b}"
-        if action == "solve":
-            result = max(0, right + (rng.choice((-10, -2, -1, 1, 2, 10)) if rng.random() < slip else 0))
-            return f"{a}{operator}{b}={result}"
-        back, inverse = {"+": (result - b, "-"), "-": (result + b, "+"), "*": (result // max(b, 1), "/")}[operator]
-        if result != right and rng.random() >= missed:
-            return f" check {result}{inverse}{b}={back} wait\nGOAL: no\nPROBLEM: no\nNEXT: {a}{operator}{b}"
-        numbers[i:i + 2] = [result]
-        del operators[i]
-        return f" check {result}{inverse}{b}={a} ok\nGOAL: yes\nPROBLEM: {'no' if operators else 'yes'}"
-    return ask
+    *lines, rest = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    try:
+        rows = [json.loads(line) for line in lines]
+        found = [(row["settings"], row["problem"]) for row in rows[:len(problems)]]
+    except (ValueError, KeyError, TypeError):
+        found = [None]
+    wanted = [(settings, row["problem"]) for row in problems]
+    if found != wanted[:len(found)] or (rest and not lines):
+        raise BadInput(f"{path}: not of these problems and flags (teacher, style, samples, seed, "
+                       "...); give another --traces-out, or learn from it by --traces")
+    count = len(found)
+    if count < len(problems):
+        count -= count % batch
+    return rows[:count], sum(len(line) + 1 for line in lines[:count])
 
 
-def make_teacher(cfg):
-    """--teacher, loaded -> answers(first, problems): --samples texts to each, None where one did not end. Raises BadInput."""
-    if cfg.source == "construct" and is_small(cfg.teacher):
-        if cfg.data != "arithmetic":
-            raise BadInput(f"--source construct: {cfg.teacher} cannot follow instructions, give --teacher a chat model (on "
-                           "--data arithmetic a script takes its place)")
-        rngs = lambda row: (random.Random(f"actor {cfg.seed} {row['problem']} {i}") for i in range(cfg.samples))
-        return lambda _, rows: [[construct_chain(scripted_actor(row["problem"], rng), row["problem"], cfg.max_turns, ", ")
-                                 for rng in rngs(row)] for row in rows]
-    tokenizer = load_tokenizer(cfg.teacher)
-    model = load_model(cfg.teacher, cfg.device, cfg.dtype, cuda_graphs=cfg.cuda_graphs, frozen=True)
-    longest = causal_lm(model).config.max_position_embeddings - cfg.teacher_max_new_tokens
-    if longest < 1:
-        raise BadInput(f"--teacher-max-new-tokens {cfg.teacher_max_new_tokens}: leaves no room for a prompt in its context")
-
-    def ask(prompts, n, seed):  # prompts that do not fit get no answer
-        encoded = [encode_prompt(tokenizer, prompt, cfg.teacher_system, cfg.thinking) for prompt in prompts]
-        fitting, texts = [ids for ids in encoded if len(ids) <= longest], iter(())
-        if fitting:
-            found = sample_texts(model, tokenizer, fitting, n, cfg.teacher_max_new_tokens, cfg.teacher_temperature,
-                                 cfg.teacher_top_p, seed)
-            texts = iter([text if ended else None for text, _, ended in found])
-        return [next(texts) if len(ids) <= longest else None for ids in encoded for _ in range(n)]
-
-    def answers(first, rows):
-        n, seed = cfg.samples, cfg.seed * 100_000_000 + first * 1000
-        if cfg.source == "construct":
-            questions = [question(row["problem"]) for row in rows for _ in range(n)]
-            texts = construct_chains(lambda conversations, turn: ask(conversations, 1, seed + turn), questions, cfg.max_turns)
-        else:
-            texts = ask([row["problem"] for row in rows], n, seed)
-        return [texts[i * n:(i + 1) * n] for i in range(len(rows))]
-    return answers
+def write_sampled(path: pathlib.Path, place: int, rows: list[dict]) -> int:
+    """Puts rows behind the first `place` bytes of a file -> where they end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file:
+        file.truncate(place)
+        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+        return file.tell()
 
 
-def sampled_traces(run) -> list[dict]:
-    """Asks the teacher, or goes on where that was stopped -> {"problem", "completion"} rows. Writes problems.jsonl too."""
-    cfg = run.cfg
-    problems = noisy_labels(run.train[:cfg.teacher_problems or None], cfg.label_noise, cfg.seed)
-    path = pathlib.Path(cfg.traces_out or run.folder / "traces.jsonl")
-    settings = fingerprint({name: getattr(cfg, name) for name in (
-        "source", "teacher", "teacher_system", "samples", "teacher_temperature", "teacher_top_p", "teacher_max_new_tokens",
-        "thinking", "max_turns", "keep", "filter", "label_noise", "seed")})
-    lines = read_sampled(path, problems, settings)
-    answers = make_teacher(cfg) if len(lines) < len(problems) else None  # all that can be refused has been refused now
-    run.begin()
+def count_tokens(bar, teacher, inputs, output) -> None:
+    """A forward hook: each pass draws a token of every answer that is still running."""
+    running = len(output.logits)
+    bar.set_postfix(running=running, refresh=False)
+    bar.update(running)
 
-    def draw(first, rows):
-        return [judge(row, texts, [text is not None and reward(text, row["answer"]) == 1 for text in texts], cfg.keep,
-                      cfg.filter == "agree", settings) for row, texts in zip(rows, answers(first, rows))]
-    rows, size = [], max(1, ROWS // cfg.samples)
-    for row in tqdm(collect(path, lines, problems, size, draw), desc="sampling traces", unit="problem", total=len(problems),
-                    disable=rank() > 0):
-        rows.append(row)
-        if len(rows) == PATIENCE and not any(row["completions"] for row in rows):
+
+def ask_teacher(teacher, tokenizer, problems: list[dict], args, settings: str, seed: int):
+    """-> a row per problem for the file of traces, the same on every rank."""
+    mine = share(problems + problems[-1:] * (-len(problems) % size()))  # every rank needs one
+    prompts = [encode_prompt(tokenizer, row["problem"], args.teacher_system) for row in mine]
+    rollout = sample(teacher, tokenizer, prompts, args.samples, args.teacher_max_new_tokens,
+                     args.teacher_temperature, args.teacher_top_p, seed=seed)
+    found = []
+    for i, row in enumerate(mine):
+        group = range(i * args.samples, (i + 1) * args.samples)
+        ended = [rollout.texts[j] for j in group if rollout.finished[j]]
+        right = [text for text in ended if reward(text, row) >= 1]
+        kept = ended if args.keep == "all" else right
+        found.append({"settings": settings, "problem": row["problem"], "answer": row["answer"],
+                      "completions": list(dict.fromkeys(kept)), "sampled": args.samples,
+                      "ended": len(ended), "right": len(right)})
+    together = zip(*everyone(found), strict=True)
+    return [row for of_ranks in together for row in of_ranks][:len(problems)]
+
+
+def sample_traces(run) -> list[tuple]:
+    """Asks the teacher, or goes on where that was stopped -> (problem, answer) pairs. BadInput."""
+    args = run.args
+    tokenizer = load_tokenizer(args.teacher)
+    config = from_pretrained(AutoConfig, args.teacher).get_text_config()
+    longest = config.max_position_embeddings - args.teacher_max_new_tokens
+    problems = drop_long_prompts(tokenizer, run.train[:args.teacher_problems or None],
+                                 args.teacher_system, longest)
+    settings = " ".join(f"{name}={getattr(args, name)}" for name in SETTINGS)
+    batch = max(1, ROWS // args.samples)
+    rows, place = [], 0
+    if args.traces_out or args.resume:
+        path = pathlib.Path(args.traces_out or run.folder / "traces.jsonl")
+        rows, place = read_sampled(path, problems, settings, batch)
+    missing = range(len(rows), len(problems), batch)
+    teacher = load_model(args, trained=False, name=args.teacher) if missing else None
+    run.make_folder()  # nothing is refused from here on
+    path = pathlib.Path(args.traces_out or run.folder / "traces.jsonl")
+
+    bar = tqdm(desc="sampling traces", unit=" tokens", disable=rank() > 0)
+    if teacher is not None:
+        teacher.register_forward_hook(functools.partial(count_tokens, bar))
+    for first in missing:
+        if first >= PATIENCE and not any(row["completions"] for row in rows):
             break
-    counts = {name: sum(row[name] for row in rows) for name in ("sampled", "finished", "right", "agrees")}
-    kept = sum(len(row["completions"]) for row in rows)
-    of_all = lambda count: f"{count} ({count / counts['sampled']:.1%})"
-    print(f"traces: {counts['sampled']} answers to {len(rows)} problems: {of_all(counts['finished'])} ended, "
-          f"{of_all(counts['right'])} right, {of_all(kept)} kept, each once; {counts['agrees']} labels agree with one of two "
-          "answers")
-    if not kept:
-        raise BadInput(f"--teacher {cfg.teacher}: none of {counts['sampled']} answers to {len(rows)} problems was kept, "
-                       f"{of_all(counts['right'])} were right, {of_all(counts['finished'])} ended; try more --samples or "
-                       "--teacher-max-new-tokens, see that --teacher-system asks for a \\boxed{} answer, or take easier problems")
-    labels = [{name: row[name] for name in ("problem", "answer")} for row in rows if row["agrees"] or cfg.filter == "none"]
-    run.write("problems.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in labels))
-    run.summary["sampling"] = {**counts, "problems": len(rows), "labels": len(labels), "kept": kept,
-                               "kept_share": kept / counts["sampled"]}
-    return [{"problem": row["problem"], "completion": text} for row in rows for text in row["completions"]]
+        seed = args.seed * 100_000_000 + first * 1000
+        asked = problems[first:first + batch]
+        answered = ask_teacher(teacher, tokenizer, asked, args, settings, seed)
+        if rank() == 0:
+            place = write_sampled(path, place, answered)
+        rows += answered
+        ended = sum(row["ended"] for row in rows)
+        bar.set_description(f"{len(rows)} of {len(problems)} problems, {ended} answers ended")
+    bar.close()
+
+    pairs = [(row["problem"], text) for row in rows for text in row["completions"]]
+    counts = {name: sum(row[name] for row in rows) for name in ("sampled", "ended", "right")}
+    counts["kept"] = len(pairs)
+    shares = [f"{count} {name} ({count / counts['sampled']:.1%})" for name, count in counts.items()]
+    line = f"answers to {len(rows)} problems: {', '.join(shares)}"
+    if not pairs:
+        raise BadInput(f"--teacher {args.teacher}: {line}; raise --teacher-max-new-tokens or "
+                       "--samples, ask for a \\boxed{} answer by --teacher-system, or take easier "
+                       "problems")
+    print(f"traces: {line}; each is kept once")
+    run.summary["sampling"] = {**counts, "problems": len(rows)}
+    return pairs
+
+
+def use_stop_token(tokenizer, model) -> None:
+    """The token that ends an assistant's turn in the chat template becomes the eos token.
+
+    BadInput if there is neither.
+    """
+    if tokenizer.chat_template is not None:
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}]
+        end = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("ANSWER")[2]
+        added = tokenizer.added_tokens_decoder
+        ids = tokenizer(end, add_special_tokens=False)["input_ids"]
+        ends = [added[i].content for i in ids if i in added and added[i].special]
+        if ends and ends[0] != tokenizer.eos_token:
+            print(f"note: {ends[0]} ends an answer, as in the chat template, and not the "
+                  f"tokenizer's eos token, {tokenizer.eos_token}")
+            tokenizer.eos_token = ends[0]
+    if tokenizer.eos_token_id is None:
+        raise BadInput("the tokenizer has no eos token, so answers would have no end: name one in "
+                       "its tokenizer_config.json")
+    model.generation_config.eos_token_id = stop_ids(model, tokenizer)
+
+
+def encode_traces(tokenizer, pairs: list[tuple], context: int, stops: list[int], system: str = "",
+                  held_out=()) -> list[dict]:
+    """(problem, answer) pairs -> rows {"prompt", "response"} of token ids, eos behind the answer.
+
+    stops: all token ids that end an answer. held_out: questions. Rows are dropped whole, with a
+    count. BadInput if none is left, or if a think block would be opened twice.
+    """
+    rows, dropped = {}, Counter()
+    for problem, answer in pairs:
+        key = json.dumps([problem, answer])
+        question = problem if isinstance(problem, str) else problem[-1]["content"]
+        prompt = encode_prompt(tokenizer, problem, system)
+        response = tokenizer(answer.rstrip(), add_special_tokens=False)["input_ids"]
+        while response and response[-1] in stops:
+            response.pop()
+        if key in rows:
+            dropped["repeated"] += 1
+        elif question in held_out:
+            dropped["of held-out problems"] += 1
+        elif not response or set(stops) & set(response):
+            dropped["empty or with a stop token inside"] += 1
+        elif len(prompt) + len(response) + 1 > context:
+            dropped[f"longer than the context of {context} tokens"] += 1
+        else:
+            rows[key] = {"prompt": prompt, "response": [*response, tokenizer.eos_token_id]}
+        if answer.lstrip().startswith("<think>"):
+            if tokenizer.decode(prompt).rstrip().endswith(("<think>", "</think>")):
+                raise BadInput("traces begin with <think>, which the chat template opens as well: "
+                               "take it out of them")
+    counts = [f"{count} {reason}" for reason, count in dropped.items()]
+    print(f"traces: {len(rows)} to train on; dropped: {', '.join(counts) or 'none'}")
+    if not rows:
+        raise BadInput(f"none of the {len(pairs)} traces is left to train on: see the counts above")
+    rows = list(rows.values())
+    first = rows[0]
+    print(f"first pair: {tokenizer.decode(first['prompt'])!r} -> "
+          f"{tokenizer.decode(first['response'])!r}")
+    if first["prompt"][-1] in stops:
+        print("note: the prompt ends with a stop token, behind which models do not go on")
+    return rows
+
+
+def as_rollout(rows: list[dict], device) -> Rollout:
+    """Encoded traces as what the sampler hands over, so that the same functions serve."""
+    answers = [row["response"] for row in rows]
+    lengths = torch.tensor([len(answer) for answer in answers], device=device)      # (B,)
+    T = max(1, int(lengths.max()))
+    padded = [answer + [0] * (T - len(answer)) for answer in answers]
+    tokens = torch.tensor(padded, device=device)                                    # (B, T)
+    mask = (torch.arange(T, device=device) < lengths[:, None]).float()              # (B, T)
+    unknown = torch.zeros_like(mask)                                                # (B, T)
+    return Rollout(prompts=[row["prompt"] for row in rows], tokens=tokens, lengths=lengths,
+                   mask=mask, logp=unknown, entropy=unknown, finished=lengths > 0,
+                   texts=[""] * len(rows))
+
+
+def reflections(result: dict) -> dict[str, float]:
+    """reflection_rates of an evaluation's answers."""
+    return reflection_rates([text for row in result["answers"] for text in row["responses"]])
 
 
 @dataclass
-class Config:
-    traces: str = flag(None, "learn from this file or hub set of messages, or prompt + completion; ask no teacher", type=str)
-    traces_out: str = flag(None, "where sampled traces go, and are continued; default: traces.jsonl in the run", type=str)
-    source: str = flag("teacher", "whole answers, or chains built of five actions", choices=("teacher", "construct"))
-    teacher: str = flag("tiny", "model that answers; the paper: QwQ-32B-Preview, for short chains Qwen2.5-Math-72B-Instruct")
-    teacher_style: str = flag("long", "long or short chains: sets the defaults of the next two", choices=("long", "short"))
-    teacher_temperature: float = flag(None, "1.0 for long, 0.7 for short, as in the paper", type=float, above=0)
-    teacher_system: str = flag(None, "system message for it; default: `style: ...` for the embedded one, else a box", type=str)
+class Args(Shared):
+    traces: str = flag(None, "learn from this file or hub set and ask no teacher")
+    traces_out: str = flag(None, "where sampled traces go, and are gone on with; default: "
+                           "traces.jsonl in the run")
+    teacher: str = flag("tiny", "model that answers; the paper: QwQ-32B-Preview")
+    teacher_style: str = flag("long", "sets the next two", choices=("long", "short"))
+    teacher_temperature: float = flag(None, "1.0 for long, 0.7 for short chains, as in the paper",
+                                      above=0, kind=float)
+    teacher_system: str = flag(None, "system message; default: `style: long` for the embedded "
+                               "teacher, which knows it, else asks for a box")
     teacher_top_p: float = flag(0.95, "the paper: 0.95", above=0, high=1)
-    teacher_max_new_tokens: int = flag(160, "longest trace, none that hits it is kept; the paper: 8192 or 4096", real=8192, low=1)
-    teacher_problems: int = flag(256, "problems to ask; 0: all, as in the paper", real=0, low=0)
-    samples: int = flag(8, "N, answers to each; the paper: 32 to 256", real=32, low=1)
-    max_turns: int = flag(40, "replies that a constructed chain may take", low=5)
-    keep: str = flag("verified", "answers that match the label, or all that end", choices=("verified", "all"))
-    filter: str = flag("none", "agree: drop problems whose label is none of the first two answers", choices=("none", "agree"))
-    label_noise: float = flag(0.0, "share of wrong labels, arithmetic only", low=0, high=1)
+    teacher_max_new_tokens: int = flag(160, "longest trace; the paper: 8192, short: 4096", low=1)
+    teacher_problems: int = flag(256, "problems to ask; 0: all, as in the paper", low=0)
+    samples: int = flag(8, "answers to each; the paper: 32 to 256", low=1)
+    keep: str = flag("verified", "answers of reward 1 and more, or all that end",
+                     choices=("verified", "all"))
     epochs: int = flag(2, "passes over the traces; the paper: 2", low=1)
-    batch_size: int = flag(32, "traces an update; the paper: 256", real=256, low=1)
-    lr: float = flag(1e-3, "peak; 3 % warm-up, a cosine to a tenth; the paper: 5e-6", real=5e-6, above=0)
-    max_new_tokens: int = flag(160, "longest answer in the evaluation, in tokens; the paper: 16384", real=4096, low=1)
+    batch_size: int = flag(32, "traces per update; the paper: 256", low=1)
+    lr: float = flag(1e-3, "AdamW, peak; ten times that with --lora-rank; the paper: 5e-6", above=0)
+    max_new_tokens: int = flag(160, "longest answer in evaluation; the paper: 16384", low=1)
+
+
+REAL = {"teacher_max_new_tokens": 8192, "teacher_problems": 0, "samples": 32, "batch_size": 256,
+        "lr": 5e-6, "max_new_tokens": 4096}
 
 
 @exit_on_bad_input
 def main(argv=None):
-    cfg = parse_flags(Config, Shared, description=__doc__, argv=argv)
-    if cfg.label_noise and (cfg.data != "arithmetic" or cfg.traces):
-        raise BadInput(f"--label-noise {cfg.label_noise}: only for traces that are sampled on --data arithmetic")
-    if cfg.filter == "agree" and cfg.samples < 2:
-        raise BadInput("--filter agree: looks at two answers a problem, so --samples must be at least 2")
-    if cfg.traces_out and pathlib.Path(cfg.traces_out).is_dir():
-        raise BadInput(f"--traces-out {cfg.traces_out}: a folder, give a .jsonl file in it")
-    cfg.teacher_temperature = cfg.teacher_temperature or {"long": 1.0, "short": 0.7}[cfg.teacher_style]
-    if cfg.teacher_system is None:
-        cfg.teacher_system = f"style: {cfg.teacher_style}" if is_small(cfg.teacher) else BOXED
-    cfg.steps, cfg.prompts_per_step, cfg.group_size = sys.maxsize, cfg.batch_size, 1  # the first is known after sampling
-    run = start(cfg, "long_cot_sft")
-    model, optimizer, device = run.model, run.optimizer, next(run.model.parameters()).device
-    traces = load_traces(cfg.traces, cfg.split) if cfg.traces else sampled_traces(run)
-    gc.collect(), torch.cuda.empty_cache()  # the teacher has gone
-    rows = encode_traces(run.tokenizer, traces, cfg.system, cfg.thinking, causal_lm(model).config.max_position_embeddings,
-                         {question(row["problem"]) for row in run.held_out})
-    run.summary["traces"] = statistics = describe_lengths(rows)
-    print(f"        {statistics['tokens']} tokens, {statistics['mean_length']:.0f} on average; lengths:")
-    for span, count in statistics["histogram"].items():
-        print(f"        {span:>13} {count:7} {'#' * math.ceil(50 * count / len(rows))}")
-    visits = cfg.epochs * len(rows)
-    cfg.steps = math.ceil(visits / cfg.batch_size)
-    nothing = {"prompt": rows[0]["prompt"], "response": []}  # so that all ranks have equally many rows
+    args = parse_args(Args, REAL, __doc__, argv)
+    if args.teacher_temperature is None:
+        args.teacher_temperature = TEMPERATURE[args.teacher_style]
+    if args.teacher_system is None:
+        args.teacher_system = f"style: {args.teacher_style}" if is_small(args.teacher) else BOXED
+    run = Run("long_cot_sft", args, reward)
+    model, lm = run.model, causal_lm(run.model)
+    use_stop_token(run.tokenizer, lm)
 
-    for step in run.steps():
-        batch = batch_of(rows, step, cfg.batch_size, cfg.seed)[:visits - step * cfg.batch_size]
-        batch = share(batch + [nothing] * (-len(batch) % size()))
-        rollout, lr = as_rollout(batch, device), lr_at(step, cfg.steps, cfg.lr)
-        for group in optimizer.adamw.param_groups:
-            group.update(lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
-        tokens, parts = total(int(rollout.lengths.sum())), []
-        with run.clock("training"):
-            for m in micro_batches(torch.arange(len(batch), device=device), rollout, cfg.micro_batch_tokens):   # (b,) row numbers
-                logp, entropy = response_logprobs(model, rollout[m])                            # (b, T)
-                loss = -logp.sum() / tokens                                                     # this part's share of sft_loss
-                optimizer.backward(loss)
-                rollout.entropy[m] = entropy
-                parts.append({"loss": loss.item()})
-            parts.append({"grad_norm": optimizer.step(max_norm=1.0)})
+    # 1. Traces, of a file or of the teacher, whose memory goes before training.
+    pairs = load_traces(args.traces) if args.traces else sample_traces(run)
+    gc.collect()
+    torch.cuda.empty_cache()
+    rows = encode_traces(run.tokenizer, pairs, lm.config.max_position_embeddings,
+                         stop_ids(lm, run.tokenizer), args.system,
+                         [row["problem"] for row in run.held_out])
+    lengths = [len(row["response"]) for row in rows]
+    about = {"traces": len(rows), "tokens": sum(lengths), "histogram": histogram(lengths)}
+    print(f"        {sum(lengths)} tokens, {sum(lengths) / len(rows):.0f} per trace; lengths:")
+    for span, count in about["histogram"].items():
+        print(f"        {span:>13} {count:7} {'#' * math.ceil(50 * count / len(rows))}")
+    if run.summary.setdefault("traces", about) != about:
+        raise BadInput(f"--resume {run.folder}: its traces have changed since")
+
+    # 2. Before.
+    visits = args.epochs * len(rows)
+    args.steps = math.ceil(visits / args.batch_size)
+    if run.held_out and "reflection_before" not in run.summary:
+        run.summary["reflection_before"] = reflections(run.measure("before"))
+    on_card = model.device.type == "cuda"  # where a fused update needs no copies
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95),
+                                  weight_decay=0.0, fused=on_card)
+    nothing = {"prompt": rows[0]["prompt"], "response": []}
+
+    for step in range(run.begin(optimizer=optimizer), args.steps):
+        # 3. The traces of this update, equally many on every rank; the last pass may end early.
+        batch = batch_of(rows, step, args.batch_size, args.seed)
+        batch = batch[:visits - step * args.batch_size]
+        padded = batch + [nothing] * (-len(batch) % size())
+        rollout = as_rollout(share(padded), model.device)                   # B traces
+        num_tokens = total(int(rollout.lengths.sum()))
+
+        # 4. The mean of -log p over all answer tokens, the stop token among them.
+        parts = []
+        rows_here = torch.arange(len(rollout.lengths), device=model.device)  # (B,)
+        for part in micro_batches(rollout, rows_here, args.micro_batch_tokens):
+            logp = response_logprobs(model, rollout[part])                  # (b, T)
+            loss = -logp.sum() / num_tokens                                 # its part of sft_loss
+            loss.backward()
+            parts.append({"loss": loss.item()})
+
+        # 5. One step of the optimiser, at the rate of the schedule.
+        lr = lr_at(step, args.steps, args.lr)
+        optimizer.param_groups[0]["lr"] = lr
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+        if math.isfinite(grad_norm):
+            optimizer.step()
+        optimizer.zero_grad()
+        run.lap("training")
+
+        # 6. Book-keeping.
         seen = run.rows[-1]["tokens_seen"] if run.rows else 0
-        run.log(rollout[rollout.lengths.nonzero()[:, 0]], parts=parts, tokens_seen=seen + tokens, lr=lr)
-    run.finish()
-    for when in ("before", "after"):
-        if f"reflection_{when}" in run.summary:
-            print(f"{when + ':':8}{describe_reflection(run.summary[f'reflection_{when}'])}")
+        run.log(step, parts=parts, grad_norms=[grad_norm], lr=lr, tokens_seen=seen + num_tokens,
+                length=num_tokens / len(batch),
+                tokens_per_second=num_tokens / run.seconds["training"])
+        run.save(step + 1)
+    result = run.finish()
+    if run.held_out:
+        run.summary["reflection_after"] = reflections(result)
+        run.write("summary.json", run.summary)
+        for when in ("before", "after"):
+            rates = run.summary[f"reflection_{when}"].items()
+            words = ", ".join(f"{word} {rate:.1%}" for word, rate in rates)
+            print(f"{when + ':':7} share of answers with a reflection word: {words}")
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ class Run:
         self.name, self.args, self.reward = name, args, reward
         self.folder = pathlib.Path(args.resume or args.output or f"runs/{name}")
         self.summary, self.rows, self.seconds, self.warned = {}, [], {}, set()
+        self.made = args.resume is not None
         if args.resume:
             self.check_resumed()
         elif args.output and self.folder.exists() and any(self.folder.glob("*")):
@@ -89,12 +90,25 @@ class Run:
         print(f"first prompt ({len(prompt)} tokens): {self.tokenizer.decode(prompt)!r} "
               f"-> gold {first['answer']!r}")
         rows = getattr(args, "prompts_per_step", 1) * getattr(args, "group_size", 1)
+        rows = getattr(args, "batch_size", rows)
         print(memory_estimate(self.model, rows, len(prompt) + args.max_new_tokens,
                               args.micro_batch_tokens))
 
     def encode(self, rows: list[dict]) -> list[list[int]]:
         """The prompts of some rows as token ids."""
         return [encode_prompt(self.tokenizer, row["problem"], self.args.system) for row in rows]
+
+    def make_folder(self) -> None:
+        """Makes the folder, unless it is there, and writes config.json. begin() does this too."""
+        if not self.made and rank() == 0:
+            self.folder = new_folder(self.folder, self.args.output is not None)
+        self.folder = pathlib.Path(everyone(str(self.folder))[0])
+        self.made = True
+        flags = {**vars(self.args), "output": str(self.folder)}
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__,
+                    "python": platform.python_version()}
+        if not self.args.resume:
+            self.write("config.json", {"script": self.name, "flags": flags, "versions": versions})
 
     def begin(self, **parts) -> int:
         """Makes the folder or restores its checkpoint, evaluates -> the first step to make.
@@ -104,14 +118,7 @@ class Run:
         """
         self.parts = parts
         first = self.restore() if self.args.resume else 0
-        if not self.args.resume:
-            if rank() == 0:
-                self.folder = new_folder(self.folder, self.args.output is not None)
-            self.folder = pathlib.Path(everyone(str(self.folder))[0])
-            flags = {**vars(self.args), "output": str(self.folder)}
-            versions = {"torch": torch.__version__, "transformers": transformers.__version__,
-                        "python": platform.python_version()}
-            self.write("config.json", {"script": self.name, "flags": flags, "versions": versions})
+        self.make_folder()
         if rank() == 0:  # rows of steps that will be made again go
             lines = [json.dumps(row) + "\n" for row in self.rows]
             write_whole(self.folder / "metrics.jsonl", "".join(lines))
@@ -256,8 +263,9 @@ class Run:
         text = json.dumps([len(self.train), rows])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def finish(self) -> None:
-        """Saves the model, evaluates, prints some answers and where everything lies."""
+    def finish(self) -> dict | None:
+        """Saves the model, evaluates, prints some answers and where everything lies -> measure()."""
+        result = None
         self.bar.close()
         self.summary["seconds"] = round(time.perf_counter() - self.started, 1)
         self.save_model()
@@ -272,6 +280,7 @@ class Run:
         self.write("summary.json", self.summary)
         print(f"\nmodel: {self.folder}/model   metrics: {self.folder}/metrics.jsonl   "
               f"figure: python -m analysis.plot {self.folder}")
+        return result
 
     def save_model(self) -> None:
         """model/, an ordinary save_pretrained folder, or adapters in peft's format and merged/."""
