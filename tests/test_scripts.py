@@ -1,4 +1,4 @@
-"""The scripts as a user starts them, in small: what a run prints and leaves, every switch, rewards of one's own, adapters."""
+"""The scripts in small: what a run prints and leaves, switches, rewards of one's own, adapters."""
 import json
 import pathlib
 import subprocess
@@ -145,7 +145,7 @@ def test_phases_are_counted_exactly(tmp_path, capsys):
     ("auto", [1] * 8, 7),                        # block 8's policy is the model's own
     ("auto", [-1] + [0] * 7, "no block's FFN raises the entropy")])
 def test_which_layer_is_chosen(layer, changes, chosen, monkeypatch, capsys):
-    """Eight blocks whose FFNs change the entropy by these; where one is named nothing is sampled."""
+    """Eight blocks whose FFNs change the entropy by these; a block that is named is taken."""
     zero = torch.zeros(8)
     entropies = {f"{name}_{side}": zero for name in ("attn", "ffn", "layer")
                  for side in ("in", "out")}

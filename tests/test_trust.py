@@ -1,11 +1,10 @@
-"""Nothing is lost, nothing is executed, nothing goes wrong in silence: kills, damaged files, full disks, NaN, memory."""
+"""Nothing is lost, executed or wrong in silence: kills, damaged files, full disks, NaN, memory."""
 import json
 import math
 import os
 import pathlib
 import re
 import resource
-import shutil
 import signal
 import socket
 import threading
@@ -15,7 +14,6 @@ import torch
 from safetensors.torch import load_file
 from test_scripts import (
     ROOT,
-    SMALL,
     TINY,
     assert_same_run,
     every_script,
@@ -26,10 +24,8 @@ from test_scripts import (
 )
 
 import common.run
-import entropy_min
 import grpo
 import long_cot_sft
-from common.models import load_model
 from common.run import Run, new_folder
 
 
@@ -103,8 +99,8 @@ def start_or_resume(script, folder):
 
 @every_script
 def test_a_kill_at_any_moment_changes_nothing(script, tmp_path):
-    """Killed while it evaluates, before its first checkpoint, within the second step's update, while
-    it writes a checkpoint, and as it saves the model: the very run that nothing happened to."""
+    """Killed while it evaluates, before its first checkpoint, as it writes a checkpoint, within an
+    update, and as it saves the model: it ends as the very run that nothing happened to."""
     cut = tmp_path / "cut"
     run_and_kill(script, cut, common.run, "evaluate", 1)
     assert not (cut / "checkpoint.pt").exists()
