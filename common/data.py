@@ -44,31 +44,37 @@ def read_rows(name: str, split: str, flag: str = "--data"):
 
 def read_json(path: pathlib.Path, flag: str) -> list[dict]:
     """A JSON list of objects, one such list under a "data" key, or an object per line."""
+    line = 0
+    rows = []
     try:
         text = path.read_text(encoding="utf-8-sig")
-        if path.suffix.lower() == ".json" and text.lstrip()[:1] == "[":
-            rows = json.loads(text)
-        else:
-            rows = []
-            for number, line in enumerate(text.split("\n"), 1):  # splitlines cuts at U+2028 too
-                if line.strip():
-                    rows.append(json.loads(line))
+        pieces = text.split("\n")  # splitlines cuts at U+2028 too
+        if path.suffix.lower() == ".json" and json_inside(text.strip().split("\n")[0]) is None:
+            pieces = [text]  # one value over many lines
+        for piece in pieces:
+            line += 1
+            if piece.strip():
+                rows.append(json.loads(piece))
     except json.JSONDecodeError as error:
-        where = f"line {number}, " if "number" in locals() else ""
-        raise BadInput(f"{flag} {path}: not JSON, {where}{error}") from error
+        line += error.lineno - 1
+        raise BadInput(f"{flag} {path}: not JSON, line {line}: {error.msg}") from error
     except (ValueError, RecursionError, OSError) as error:
         raise BadInput(f"{flag} {path}: cannot be read as UTF-8 JSON, {error}") from error
+    if len(rows) == 1 and isinstance(rows[0], dict):
+        under_data = rows[0].get("data")
+        rows = under_data if isinstance(under_data, list) else rows
+    elif len(rows) == 1 and isinstance(rows[0], list):
+        rows = rows[0]
     if not all(isinstance(row, dict) for row in rows):
         raise BadInput(f"{flag} {path}: every row must be an object with named columns")
-    if len(rows) == 1 and isinstance(rows[0].get("data"), list):
-        rows = rows[0]["data"]
     return rows
 
 
 def read_parquet(path: pathlib.Path, flag: str):
+    import pyarrow.parquet
     from datasets import Dataset  # slow to import
     try:
-        return Dataset.from_parquet(str(path), keep_in_memory=True)
+        return Dataset(pyarrow.parquet.read_table(path))
     except Exception as error:  # pyarrow and datasets raise their own
         reason = str(error).splitlines()[0][:200]
         raise BadInput(f"{flag} {path}: cannot be read as parquet, {reason}") from error
@@ -97,15 +103,14 @@ def find_column(rows, known: tuple[str, ...], what: str) -> str:
 
 
 def is_text(x) -> bool:
-    """A string that is not blank and has an encoding: JSON can spell half a surrogate pair."""
-    return isinstance(x, str) and bool(x.strip()) and not re.search("[\ud800-\udfff]", x)
+    """A string that has an encoding: JSON can spell half a surrogate pair."""
+    return isinstance(x, str) and not re.search("[\ud800-\udfff]", x)
 
 
 def is_chat(x) -> bool:
     """A list of messages whose role and content are texts."""
     return isinstance(x, list) and bool(x) and all(
-        isinstance(m, dict) and is_text(m.get("role")) and isinstance(m.get("content"), str)
-        for m in x)
+        isinstance(m, dict) and is_text(m.get("role")) and is_text(m.get("content")) for m in x)
 
 
 def json_inside(text: str):
@@ -177,7 +182,8 @@ def load_problems(name: str, split: str = "train", held_out: bool = False, seed:
         if isinstance(problem, str):
             problem, answer = with_options(row, problem, answer)
         answer = gold_answer(answer)
-        if answer is None or not (is_text(problem) or is_chat(problem)):
+        is_problem = is_chat(problem) or (is_text(problem) and problem.strip())
+        if answer is None or not is_problem:
             dropped += 1
         else:
             kept.setdefault(json.dumps(problem), {**row, "problem": problem, "answer": answer})
@@ -212,7 +218,7 @@ def load_train_and_eval(args) -> tuple[list[dict], list[dict]]:
 
 
 def batch_of(rows: list, step: int, size: int, seed: int) -> list:
-    """The `size` rows of step 0, 1, 2, ...: pieces of one shuffled pass over the data after another.
+    """The `size` rows of step 0, 1, 2, ...: pieces of one shuffled pass after another.
 
     Depends on its arguments alone, so a resumed run goes on where the data stood.
     """
