@@ -102,15 +102,21 @@ def find_column(rows, known: tuple[str, ...], what: str) -> str:
                    f"; rename one to {' or '.join(known[:2])}")
 
 
-def is_text(x) -> bool:
-    """A string that has an encoding: JSON can spell half a surrogate pair."""
+def has_encoding(x) -> bool:
+    """A string, and none with half of a surrogate pair, which JSON can spell."""
     return isinstance(x, str) and not re.search("[\ud800-\udfff]", x)
 
 
+def is_text(x) -> bool:
+    """A string that is not blank."""
+    return has_encoding(x) and bool(x.strip())
+
+
 def is_chat(x) -> bool:
-    """A list of messages whose role and content are texts."""
+    """A list of messages whose role and content are strings."""
     return isinstance(x, list) and bool(x) and all(
-        isinstance(m, dict) and is_text(m.get("role")) and is_text(m.get("content")) for m in x)
+        isinstance(m, dict) and is_text(m.get("role")) and has_encoding(m.get("content"))
+        for m in x)
 
 
 def json_inside(text: str):
@@ -182,8 +188,7 @@ def load_problems(name: str, split: str = "train", held_out: bool = False, seed:
         if isinstance(problem, str):
             problem, answer = with_options(row, problem, answer)
         answer = gold_answer(answer)
-        is_problem = is_chat(problem) or (is_text(problem) and problem.strip())
-        if answer is None or not is_problem:
+        if answer is None or not (is_text(problem) or is_chat(problem)):
             dropped += 1
         else:
             kept.setdefault(json.dumps(problem), {**row, "problem": problem, "answer": answer})

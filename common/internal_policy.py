@@ -1,4 +1,4 @@
-"""BuPO's internal policies (arXiv 2512.19673): what each block of a transformer would say by itself.
+"""BuPO's internal policies (arXiv 2512.19673): what each block of a model would say by itself.
 
 Block l = 1..L has the policy softmax(H^l E^T): the residual stream after the block, read by the
 unembedding E without the final norm (eq. 5). Attention and FFN are read in the same way, from what
@@ -40,7 +40,9 @@ def layer_logits(model, input_ids, attention_mask=None, layer: int | None = None
     """
     lm = causal_lm(model)
     gather_rest(lm)
-    trunk = first_blocks(model, layer or len(lm.model.layers), final_norm)
+    if layer is None:
+        layer = len(lm.model.layers)
+    trunk = first_blocks(model, layer, final_norm)
     states = trunk(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
     return lm.lm_head(states.last_hidden_state)
 
