@@ -20,7 +20,6 @@ Deviations from the paper, and why:
 
 Axes: B traces, T answer tokens, V vocabulary; b a micro-batch's share of B.
 """
-import functools
 import gc
 import json
 import math
@@ -30,6 +29,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoConfig
 
@@ -44,14 +44,14 @@ from common.verify import verify
 
 WORDS = ("wait", "recheck", "alternatively", "retry", "however")
 TEMPERATURE = {"long": 1.0, "short": 0.7}
-SETTINGS = ("teacher", "teacher_system", "teacher_temperature", "teacher_top_p",
-            "teacher_max_new_tokens", "samples", "keep", "seed")  # what sampled traces depend on
+SETTINGS = ("teacher", "teacher_style", "teacher_temperature", "teacher_top_p",
+            "teacher_max_new_tokens", "system", "samples", "keep", "seed")
 ROWS = 256     # answers that are drawn and written together: a kill loses no more
 PATIENCE = 64  # problems without an answer to keep before the teacher is given up
 
 
 def reward(text: str, row: dict) -> float:
-    """What an answer is worth; traces are kept from 1 on. Put your own here: row has every column."""
+    """What an answer is worth; 1 is right. Put your own here: row has every column."""
     return verify(text, row["answer"])
 
 
@@ -62,8 +62,9 @@ def sft_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """
     inside = labels != -100                                             # (B, T)
     targets = labels.clamp(min=0)[..., None]                            # (B, T, 1)
-    logp = logits.float().log_softmax(-1).gather(-1, targets)[..., 0]   # (B, T)
-    return -(logp * inside).sum() / inside.sum().clamp(min=1)
+    logp = logits.float().log_softmax(-1)                               # (B, T, V)
+    logp = logp.gather(-1, targets)[..., 0] * inside                    # (B, T)
+    return -logp.sum() / inside.sum().clamp(min=1)
 
 
 def lr_at(step: int, total: int, peak: float, warmup: float = 0.03, floor: float = 0.1) -> float:
@@ -71,7 +72,8 @@ def lr_at(step: int, total: int, peak: float, warmup: float = 0.03, floor: float
     rise = math.ceil(warmup * total)
     if step < rise:
         return peak * (step + 1) / rise
-    cosine = (1 + math.cos(math.pi * (step - rise) / (total - rise))) / 2
+    done = (step - rise) / (total - rise)
+    cosine = (1 + math.cos(math.pi * done)) / 2
     return peak * (floor + (1 - floor) * cosine)
 
 
@@ -79,18 +81,21 @@ def reflection_rates(texts: list[str]) -> dict[str, float]:
     """Share of texts that hold each of five words, whole and in any case; NaN without texts."""
     rates = {}
     for word in WORDS:
-        found = sum(bool(re.search(rf"\b{word}\b", text, re.IGNORECASE)) for text in texts)
-        rates[word] = found / len(texts) if texts else math.nan
+        whole = re.compile(rf"\b{word}\b", re.IGNORECASE)
+        found = [text for text in texts if whole.search(text)]
+        rates[word] = len(found) / len(texts) if texts else math.nan
     return rates
 
 
 def histogram(lengths: list[int], bins: int = 8) -> dict[str, int]:
     """{"from-to": how many}, in equal bins from the shortest to the longest, tokens."""
-    low = min(lengths)
-    width = (max(lengths) - low) // bins + 1
-    counts = Counter((length - low) // width for length in lengths)
-    edges = [low + i * width for i in range(bins)]
-    return {f"{edge}-{edge + width - 1}": counts[i] for i, edge in enumerate(edges)}
+    shortest = min(lengths)
+    width = (max(lengths) - shortest) // bins + 1
+    counts = {}
+    for low in range(shortest, shortest + bins * width, width):
+        inside = [length for length in lengths if low <= length < low + width]
+        counts[f"{low}-{low + width - 1}"] = len(inside)
+    return counts
 
 
 def load_traces(name: str) -> list[tuple]:
@@ -99,7 +104,7 @@ def load_traces(name: str) -> list[tuple]:
     Of messages the last is learnt, which must be the assistant's. BadInput if no row is usable.
     """
     rows = read_rows(name, "train", "--traces")
-    pairs = []
+    pairs, unusable = [], 0
     for row in rows:
         problem, answers = row.get("prompt"), [row.get("completion")]
         if isinstance(row.get("completions"), list):
@@ -108,13 +113,17 @@ def load_traces(name: str) -> list[tuple]:
             *problem, last = row["messages"]
             answers = [last["content"] if last["role"] == "assistant" else None]
         for answer in answers:
-            pairs.append((problem, answer[-1]["content"] if is_chat(answer) else answer))
-    good = [pair for pair in pairs if is_text(pair[1]) and (is_text(pair[0]) or is_chat(pair[0]))]
-    print(f"traces: {name}: {len(rows)} rows, {len(pairs) - len(good)} without prompt or answer")
-    if not good:
+            if is_chat(answer):
+                answer = answer[-1]["content"]
+            if is_text(answer) and (is_text(problem) or is_chat(problem)):
+                pairs.append((problem, answer))
+            else:
+                unusable += 1
+    print(f"traces: {name}: {len(rows)} rows, {unusable} answers without a text or a prompt")
+    if not pairs:
         raise BadInput(f"--traces {name}: no row has messages that end with the assistant's, or a "
                        f"prompt and a completion; it has {', '.join(rows[0])}")
-    return good
+    return pairs
 
 
 def read_sampled(path: pathlib.Path, problems: list[dict], settings: str, batch: int):
@@ -122,42 +131,41 @@ def read_sampled(path: pathlib.Path, problems: list[dict], settings: str, batch:
 
     What is behind the last newline was cut short. BadInput for other problems or settings.
     """
-    *lines, rest = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    ours = True
+    for line, row in zip(lines, problems, strict=False):
+        start = json.dumps({"settings": settings, "problem": row["problem"]}, ensure_ascii=False)
+        start = start.encode()[:-1]  # without the closing brace
+        ours = ours and line[:len(start)] == start[:len(line)]
+    whole = lines[:-1][:len(problems)]
     try:
-        rows = [json.loads(line) for line in lines]
-        found = [(row["settings"], row["problem"]) for row in rows[:len(problems)]]
-    except (ValueError, KeyError, TypeError):
-        found = [None]
-    wanted = [(settings, row["problem"]) for row in problems]
-    if found != wanted[:len(found)] or (rest and not lines):
+        rows = [json.loads(line) for line in whole]
+    except ValueError:
+        ours = False
+    if not ours:
         raise BadInput(f"{path}: not of these problems and flags (teacher, style, samples, seed, "
                        "...); give another --traces-out, or learn from it by --traces")
-    count = len(found)
+    count = len(rows)
     if count < len(problems):
         count -= count % batch
-    return rows[:count], sum(len(line) + 1 for line in lines[:count])
+    return rows[:count], sum(len(line) + 1 for line in whole[:count])
 
 
 def write_sampled(path: pathlib.Path, place: int, rows: list[dict]) -> int:
     """Puts rows behind the first `place` bytes of a file -> where they end."""
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab") as file:
         file.truncate(place)
-        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+        file.write("".join(lines).encode())
         return file.tell()
 
 
-def count_tokens(bar, teacher, inputs, output) -> None:
-    """A forward hook: each pass draws a token of every answer that is still running."""
-    running = len(output.logits)
-    bar.set_postfix(running=running, refresh=False)
-    bar.update(running)
-
-
-def ask_teacher(teacher, tokenizer, problems: list[dict], args, settings: str, seed: int):
-    """-> a row per problem for the file of traces, the same on every rank."""
-    mine = share(problems + problems[-1:] * (-len(problems) % size()))  # every rank needs one
-    prompts = [encode_prompt(tokenizer, row["problem"], args.teacher_system) for row in mine]
+def ask_teacher(teacher, tokenizer, problems, system: str, seed: int, args) -> list[dict]:
+    """-> what the teacher's answers to each problem come to, the same on every rank."""
+    padding = problems[-1:] * (-len(problems) % size())  # every rank needs one
+    mine = share(problems + padding)
+    prompts = [encode_prompt(tokenizer, row["problem"], system) for row in mine]
     rollout = sample(teacher, tokenizer, prompts, args.samples, args.teacher_max_new_tokens,
                      args.teacher_temperature, args.teacher_top_p, seed=seed)
     found = []
@@ -166,21 +174,29 @@ def ask_teacher(teacher, tokenizer, problems: list[dict], args, settings: str, s
         ended = [rollout.texts[j] for j in group if rollout.finished[j]]
         right = [text for text in ended if reward(text, row) >= 1]
         kept = ended if args.keep == "all" else right
-        found.append({"settings": settings, "problem": row["problem"], "answer": row["answer"],
-                      "completions": list(dict.fromkeys(kept)), "sampled": args.samples,
-                      "ended": len(ended), "right": len(right)})
+        found.append({"problem": row["problem"], "answer": row["answer"],
+                      "completions": list(dict.fromkeys(kept)),
+                      "sampled": args.samples, "ended": len(ended), "right": len(right)})
     together = zip(*everyone(found), strict=True)
-    return [row for of_ranks in together for row in of_ranks][:len(problems)]
+    answered = [row for of_ranks in together for row in of_ranks]
+    return answered[:len(problems)]
 
 
 def sample_traces(run) -> list[tuple]:
     """Asks the teacher, or goes on where that was stopped -> (problem, answer) pairs. BadInput."""
+    # What to ask, and what has been answered.
     args = run.args
+    system = args.system or BOXED
+    if is_small(args.teacher):
+        system = f"style: {args.teacher_style}"  # the embedded model knows both
     tokenizer = load_tokenizer(args.teacher)
     config = from_pretrained(AutoConfig, args.teacher).get_text_config()
     longest = config.max_position_embeddings - args.teacher_max_new_tokens
-    problems = drop_long_prompts(tokenizer, run.train[:args.teacher_problems or None],
-                                 args.teacher_system, longest)
+    if longest < 1:
+        raise BadInput(f"--teacher-max-new-tokens {args.teacher_max_new_tokens}: the teacher's "
+                       "context has no room for a prompt beside them")
+    problems = run.train[:args.teacher_problems or None]
+    problems = drop_long_prompts(tokenizer, problems, system, longest)
     settings = " ".join(f"{name}={getattr(args, name)}" for name in SETTINGS)
     batch = max(1, ROWS // args.samples)
     rows, place = [], 0
@@ -192,33 +208,41 @@ def sample_traces(run) -> list[tuple]:
     run.make_folder()  # nothing is refused from here on
     path = pathlib.Path(args.traces_out or run.folder / "traces.jsonl")
 
-    bar = tqdm(desc="sampling traces", unit=" tokens", disable=rank() > 0)
+    # Ask.
+    bar = tqdm(desc="asking the teacher", unit=" tokens", disable=rank() > 0)
+
+    def count_tokens(module, inputs, output):  # each pass draws one for every unended answer
+        bar.update(len(output.logits))
+
     if teacher is not None:
-        teacher.register_forward_hook(functools.partial(count_tokens, bar))
+        teacher.register_forward_hook(count_tokens)
     for first in missing:
         if first >= PATIENCE and not any(row["completions"] for row in rows):
             break
-        seed = args.seed * 100_000_000 + first * 1000
         asked = problems[first:first + batch]
-        answered = ask_teacher(teacher, tokenizer, asked, args, settings, seed)
+        seed = args.seed * 100_000_000 + first * 1000
+        answered = ask_teacher(teacher, tokenizer, asked, system, seed, args)
+        answered = [{"settings": settings, **row} for row in answered]
         if rank() == 0:
             place = write_sampled(path, place, answered)
         rows += answered
         ended = sum(row["ended"] for row in rows)
-        bar.set_description(f"{len(rows)} of {len(problems)} problems, {ended} answers ended")
+        bar.set_description(f"{ended} answers ended, {len(rows)} of {len(problems)} problems")
     bar.close()
 
+    # Count.
     pairs = [(row["problem"], text) for row in rows for text in row["completions"]]
-    counts = {name: sum(row[name] for row in rows) for name in ("sampled", "ended", "right")}
-    counts["kept"] = len(pairs)
-    shares = [f"{count} {name} ({count / counts['sampled']:.1%})" for name, count in counts.items()]
-    line = f"answers to {len(rows)} problems: {', '.join(shares)}"
+    counts = {"problems": len(rows), "kept": len(pairs)}
+    for name in ("sampled", "ended", "right"):
+        counts[name] = sum(row[name] for row in rows)
+    run.summary["sampling"] = counts
+    kept_share = len(pairs) / counts["sampled"]
+    line = (f"{counts['sampled']} answers to {len(rows)} problems: {counts['ended']} ended, "
+            f"{counts['right']} right, {len(pairs)} kept ({kept_share:.1%})")
     if not pairs:
         raise BadInput(f"--teacher {args.teacher}: {line}; raise --teacher-max-new-tokens or "
-                       "--samples, ask for a \\boxed{} answer by --teacher-system, or take easier "
-                       "problems")
-    print(f"traces: {line}; each is kept once")
-    run.summary["sampling"] = {**counts, "problems": len(rows)}
+                       "--samples, ask for a \\boxed{} by --system, or take easier problems")
+    print(f"traces: {line}, each once")
     return pairs
 
 
@@ -243,24 +267,29 @@ def use_stop_token(tokenizer, model) -> None:
     model.generation_config.eos_token_id = stop_ids(model, tokenizer)
 
 
+def question(problem) -> str:
+    """A problem's text, of a chat that of its last message."""
+    return problem if isinstance(problem, str) else problem[-1]["content"]
+
+
 def encode_traces(tokenizer, pairs: list[tuple], context: int, stops: list[int], system: str = "",
-                  held_out=()) -> list[dict]:
+                  held_out: list[dict] = ()) -> list[dict]:
     """(problem, answer) pairs -> rows {"prompt", "response"} of token ids, eos behind the answer.
 
-    stops: all token ids that end an answer. held_out: questions. Rows are dropped whole, with a
-    count. BadInput if none is left, or if a think block would be opened twice.
+    stops: all token ids that end an answer. held_out: rows with "problem". Pairs are dropped
+    whole, with a count. BadInput if none is left, or if a think block would be opened twice.
     """
+    avoided = {question(row["problem"]) for row in held_out}
     rows, dropped = {}, Counter()
     for problem, answer in pairs:
         key = json.dumps([problem, answer])
-        question = problem if isinstance(problem, str) else problem[-1]["content"]
         prompt = encode_prompt(tokenizer, problem, system)
         response = tokenizer(answer.rstrip(), add_special_tokens=False)["input_ids"]
         while response and response[-1] in stops:
             response.pop()
         if key in rows:
             dropped["repeated"] += 1
-        elif question in held_out:
+        elif question(problem) in avoided:
             dropped["of held-out problems"] += 1
         elif not response or set(stops) & set(response):
             dropped["empty or with a stop token inside"] += 1
@@ -277,31 +306,34 @@ def encode_traces(tokenizer, pairs: list[tuple], context: int, stops: list[int],
     if not rows:
         raise BadInput(f"none of the {len(pairs)} traces is left to train on: see the counts above")
     rows = list(rows.values())
-    first = rows[0]
-    print(f"first pair: {tokenizer.decode(first['prompt'])!r} -> "
-          f"{tokenizer.decode(first['response'])!r}")
-    if first["prompt"][-1] in stops:
+    prompt, response = rows[0]["prompt"], rows[0]["response"]
+    text = tokenizer.decode(response)
+    if len(text) > 1000:
+        text = f"{text[:600]} ... {text[-400:]}"
+    print(f"first pair: {tokenizer.decode(prompt)!r} -> {text!r}")
+    if prompt[-1] in stops:
         print("note: the prompt ends with a stop token, behind which models do not go on")
     return rows
 
 
 def as_rollout(rows: list[dict], device) -> Rollout:
     """Encoded traces as what the sampler hands over, so that the same functions serve."""
-    answers = [row["response"] for row in rows]
+    answers = [torch.tensor(row["response"], dtype=torch.long) for row in rows]
+    tokens = pad_sequence(answers, batch_first=True).to(device)                     # (B, T)
     lengths = torch.tensor([len(answer) for answer in answers], device=device)      # (B,)
-    T = max(1, int(lengths.max()))
-    padded = [answer + [0] * (T - len(answer)) for answer in answers]
-    tokens = torch.tensor(padded, device=device)                                    # (B, T)
-    mask = (torch.arange(T, device=device) < lengths[:, None]).float()              # (B, T)
+    place = torch.arange(tokens.shape[1], device=device)                            # (T,)
+    mask = (place < lengths[:, None]).float()                                       # (B, T)
     unknown = torch.zeros_like(mask)                                                # (B, T)
-    return Rollout(prompts=[row["prompt"] for row in rows], tokens=tokens, lengths=lengths,
-                   mask=mask, logp=unknown, entropy=unknown, finished=lengths > 0,
-                   texts=[""] * len(rows))
+    return Rollout([row["prompt"] for row in rows], tokens, lengths, mask, logp=unknown,
+                   entropy=unknown, finished=lengths > 0, texts=[""] * len(rows))
 
 
-def reflections(result: dict) -> dict[str, float]:
-    """reflection_rates of an evaluation's answers."""
-    return reflection_rates([text for row in result["answers"] for text in row["responses"]])
+def count_reflections(run, when: str, result: dict) -> None:
+    """Prints and keeps the reflection words of an evaluation's answers."""
+    rates = reflection_rates([text for row in result["answers"] for text in row["responses"]])
+    run.summary[f"reflection_{when}"] = rates
+    shares = ", ".join(f"{word} {rate:.1%}" for word, rate in rates.items())
+    print(f"{when + ':':7} share of answers with a reflection word: {shares}")
 
 
 @dataclass
@@ -310,11 +342,9 @@ class Args(Shared):
     traces_out: str = flag(None, "where sampled traces go, and are gone on with; default: "
                            "traces.jsonl in the run")
     teacher: str = flag("tiny", "model that answers; the paper: QwQ-32B-Preview")
-    teacher_style: str = flag("long", "sets the next two", choices=("long", "short"))
+    teacher_style: str = flag("long", "long or short chains", choices=("long", "short"))
     teacher_temperature: float = flag(None, "1.0 for long, 0.7 for short chains, as in the paper",
                                       above=0, kind=float)
-    teacher_system: str = flag(None, "system message; default: `style: long` for the embedded "
-                               "teacher, which knows it, else asks for a box")
     teacher_top_p: float = flag(0.95, "the paper: 0.95", above=0, high=1)
     teacher_max_new_tokens: int = flag(160, "longest trace; the paper: 8192, short: 4096", low=1)
     teacher_problems: int = flag(256, "problems to ask; 0: all, as in the paper", low=0)
@@ -336,8 +366,6 @@ def main(argv=None):
     args = parse_args(Args, REAL, __doc__, argv)
     if args.teacher_temperature is None:
         args.teacher_temperature = TEMPERATURE[args.teacher_style]
-    if args.teacher_system is None:
-        args.teacher_system = f"style: {args.teacher_style}" if is_small(args.teacher) else BOXED
     run = Run("long_cot_sft", args, reward)
     model, lm = run.model, causal_lm(run.model)
     use_stop_token(run.tokenizer, lm)
@@ -347,8 +375,7 @@ def main(argv=None):
     gc.collect()
     torch.cuda.empty_cache()
     rows = encode_traces(run.tokenizer, pairs, lm.config.max_position_embeddings,
-                         stop_ids(lm, run.tokenizer), args.system,
-                         [row["problem"] for row in run.held_out])
+                         stop_ids(lm, run.tokenizer), args.system, run.held_out)
     lengths = [len(row["response"]) for row in rows]
     about = {"traces": len(rows), "tokens": sum(lengths), "histogram": histogram(lengths)}
     print(f"        {sum(lengths)} tokens, {sum(lengths) / len(rows):.0f} per trace; lengths:")
@@ -361,7 +388,7 @@ def main(argv=None):
     visits = args.epochs * len(rows)
     args.steps = math.ceil(visits / args.batch_size)
     if run.held_out and "reflection_before" not in run.summary:
-        run.summary["reflection_before"] = reflections(run.measure("before"))
+        count_reflections(run, "before", run.measure("before"))
     on_card = model.device.type == "cuda"  # where a fused update needs no copies
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95),
                                   weight_decay=0.0, fused=on_card)
@@ -395,18 +422,14 @@ def main(argv=None):
 
         # 6. Book-keeping.
         seen = run.rows[-1]["tokens_seen"] if run.rows else 0
+        speed = num_tokens / run.seconds["training"]
         run.log(step, parts=parts, grad_norms=[grad_norm], lr=lr, tokens_seen=seen + num_tokens,
-                length=num_tokens / len(batch),
-                tokens_per_second=num_tokens / run.seconds["training"])
+                length=num_tokens / len(batch), tokens_per_second=speed)
         run.save(step + 1)
     result = run.finish()
-    if run.held_out:
-        run.summary["reflection_after"] = reflections(result)
+    if result is not None:
+        count_reflections(run, "after", result)
         run.write("summary.json", run.summary)
-        for when in ("before", "after"):
-            rates = run.summary[f"reflection_{when}"].items()
-            words = ", ".join(f"{word} {rate:.1%}" for word, rate in rates)
-            print(f"{when + ':':7} share of answers with a reflection word: {words}")
 
 
 if __name__ == "__main__":

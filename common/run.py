@@ -264,7 +264,7 @@ class Run:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def finish(self) -> dict | None:
-        """Saves the model, evaluates, prints some answers and where everything lies -> measure()."""
+        """Saves the model, evaluates, prints some answers and places -> what measure() gave."""
         result = None
         self.bar.close()
         self.summary["seconds"] = round(time.perf_counter() - self.started, 1)
