@@ -45,7 +45,7 @@ from common.logprobs import (
     states_before_answers,
     token_logprobs,
 )
-from common.models import autocast, causal_lm, load_model, reference_model
+from common.models import autocast, causal_lm, compute_dtype, load_model, reference_model
 from common.run import Run
 from common.sampling import sample
 from common.verify import verify
@@ -200,9 +200,9 @@ class Critic(nn.Module):
     """V(s) = w . state + b + offset in float32; the state is that of a trunk of its own or, if
     there is none, the policy's."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, trunk=None):
         super().__init__()
-        self.trunk = None
+        self.trunk = trunk
         self.head = nn.Linear(width, 1, dtype=torch.float32)
         self.register_buffer("offset", torch.zeros(()))
         nn.init.zeros_(self.head.weight)
@@ -216,11 +216,12 @@ class Critic(nn.Module):
 def build_critic(args, model) -> Critic:
     """--critic copy: the trunk is --model's, loaded once more; shared: there is none."""
     lm = causal_lm(model)
-    critic = Critic(lm.config.hidden_size)
+    trunk = None
     if args.critic == "copy":
-        critic.trunk = causal_lm(load_model(args, split=False)).model.train()
+        trunk = causal_lm(load_model(args, split=False)).model.train()
         if size() > 1:
-            shard(critic.trunk, critic.trunk.layers, lm.device, lm.compute_dtype)
+            shard(trunk, trunk.layers, lm.device, compute_dtype(model))
+    critic = Critic(lm.config.hidden_size, trunk)
     if size() > 1:
         shard(critic.head, (), lm.device, torch.float32)
     return critic.to(lm.device)
@@ -282,8 +283,9 @@ def main(argv=None):
     value_coef = 1.0 if args.critic == "copy" else 0.01  # 1 ruins the policy it shares a trunk with
     penalty_gamma = args.penalty_gamma if args.penalty else args.gamma
     gammas = torch.tensor([args.gamma, penalty_gamma], device=model.device)            # (M,)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
-    critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=args.critic_lr)
+    on_card = model.device.type == "cuda"  # where a fused update needs no copies
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, fused=on_card)
+    critic_optimizer = torch.optim.AdamW(critic.parameters(), args.critic_lr, fused=on_card)
 
     first = run.begin(optimizer=optimizer, critic=critic, critic_optimizer=critic_optimizer)
     for step in range(first, args.steps):

@@ -284,9 +284,7 @@ def test_value_loss():
 # the critic
 
 def random_critic(kind):
-    critic = Critic(32)
-    if kind == "copy":
-        critic.trunk = random_model("qwen3", seed=5).model
+    critic = Critic(32, random_model("qwen3", seed=5).model if kind == "copy" else None)
     with torch.no_grad():
         critic.head.weight.normal_(generator=torch.Generator().manual_seed(1))
         critic.head.bias.fill_(0.7)
@@ -320,8 +318,7 @@ def test_values_are_of_the_state_before_each_token(kind):
             other.tokens[0, place] += 1
             moved = (logp_and_values(model, critic, other)[1] - values).abs()[0] > 1e-6
             assert moved.nonzero()[:, 0].tolist() == changed
-        fresh = Critic(32)
-        fresh.trunk = critic.trunk
+        fresh = Critic(32, critic.trunk)
         assert (logp_and_values(model, fresh, rollout)[1] == 0).all()
 
 
