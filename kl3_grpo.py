@@ -68,11 +68,12 @@ def clip_range(delta, measure="kl3"):
     if measure == "kl1":
         return math.exp(-delta), math.inf
     if measure == "abs_kl1":
-        return math.exp(-delta), math.exp(delta)
+        return math.exp(-delta), math.exp(min(delta, 700))  # a float ends at exp(709)
     if measure == "kl2":
-        return math.exp(-h), math.exp(h)
+        return math.exp(-h), math.exp(min(h, 700))
     if measure == "kl3":
-        return math.exp(kl3_root(delta, -1 - delta)), math.exp(kl3_root(delta, h))
+        above = min(h, math.log1p(delta + h))
+        return math.exp(kl3_root(delta, -1 - delta)), math.exp(kl3_root(delta, above))
     raise ValueError(f"measure {measure!r}: one of ratio, kl1, abs_kl1, kl2, kl3")
 
 

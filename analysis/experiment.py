@@ -13,6 +13,7 @@ import json
 import math
 import multiprocessing
 import pathlib
+import re
 import shutil
 import statistics
 import subprocess
@@ -65,12 +66,17 @@ class Watched(Run):
         name = f"before-{model}-{args.eval_problems}-{args.max_new_tokens}.json"
         cache = self.folder.parent / name
         if when == "before" and cache.exists():
-            self.summary.update(json.loads(cache.read_text()))
-            return {}
+            known = json.loads(cache.read_text())
+            self.summary.update(known["summary"])
+            return known["result"]
         result = super().measure(when)
+        texts = [text for row in result["answers"] for text in row["responses"]]
+        waits = [re.search(r"\bwait\b", text, re.IGNORECASE) is not None for text in texts]
+        self.summary[f"wait_{when}"] = mean(waits)
         if when == "before":
             names = [name for name in self.summary if name.endswith("_before") or name == "k"]
-            write_whole(cache, json.dumps({name: self.summary[name] for name in names}))
+            known = {name: self.summary[name] for name in names}
+            write_whole(cache, json.dumps({"summary": known, "result": result}))
         return result
 
     def log(self, step, rollout=None, rewards=None, parts=(), grad_norms=(), **values):
@@ -87,10 +93,11 @@ class Watched(Run):
                 file.write(json.dumps(row) + "\n")
         self.lap_started = time.perf_counter()  # a look is no part of the next step
 
-    def finish(self) -> None:
-        super().finish()
+    def finish(self):
+        result = super().finish()
         if self.arm.after:
             (self.folder / "after.json").write_text(json.dumps(self.arm.after(self)))
+        return result
 
 
 def one(job) -> dict:
