@@ -55,7 +55,7 @@ SYNONYMS = {old: new for new, olds in {
 }.items() for old in olds.split()}
 FONT = r"\\(?:text(?!color)\w*|mbox|math(?:rm|bf|it|sf|tt)|operatorname\*?|boldsymbol|bm|rm|bf|it|tt)"
 NOTHING = "no (?:real )?(?:solutions?|roots?)|(?:the )?empty set|there (?:is|are) no (?:real )?solutions?"
-LEADING = ("the an? points? vertex is are at either both about approximately exactly answers? option"
+LEADING = ("the points? vertex is are at either both about approximately exactly answers? option"
            " choice value").replace(" ", "|")
 
 
@@ -67,7 +67,7 @@ def improper(m: re.Match) -> str:
 
 def repeating(m: re.Match) -> str:
     """A repeating decimal as a fraction: 0.1 and the period 6 is ((1 + 6/9)/10)."""
-    whole, start, period = (m[1] or "0"), m[2], m[3]
+    whole, start, period = m[1] or "0", m[2], m[m.lastindex]
     nines = 10 ** len(period) - 1
     top = int(whole + start) * nines + int(period)
     return f"({top}/{nines * 10 ** len(start)})"
@@ -111,7 +111,8 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in [
     (r"\(\s*(\d+)\s*\)\s*_", r"\1_"),
     (r"(?<![\d.])(\d*)\.(\d{0,9}) ?\\overline ?\{(\d+)\}", repeating),
     (r"(?<![\d.])(\d*)\.(\d{0,9}) ?\((\d{1,9})\)", repeating),
-    (r"(?<![\d.])(\d*)\.(\d{0,9}?)(\d|\d{2,9}?)\3{2,}\d{0,3}\.\.\.", repeating),
+    (r"(?<![\d.])(\d*)\.(\d{0,9}) ?\\dot ?_?\{?(\d)\}?", repeating),
+    (r"(?<![\d.])(\d*)\.(\d{0,9}?)(?:(\d{1,2}?)\3{2,}|(\d{3,9}?)\4+)\d?\.\.\.", repeating),
     (r"(?<![\w.^}])(\d+) ?(?:\\frac ?(?:\{(\d+)\}|(\d)) ?(?:\{(\d+)\}|(\d))|(?<= )(\d+) ?/ ?(\d+))",
      improper),
 ]]
@@ -130,11 +131,13 @@ def normalize(s: str) -> str:
     folded = unicodedata.normalize("NFKC", s)
     if len(folded) <= 2 * MAX_CHARS:  # one character can become 18
         s = folded.translate(UNICODE)
+    if len(re.findall(r"(?<!\\)\$", s)) == 1:  # no pair of them that opens and closes formulas
+        s = s.replace("$", r"\$")
     s = MONEY.sub(lambda m: f'{m[2]} "{CURRENCIES.get(m[1], "rupees")}"', s)
     for pattern, new in REWRITES:
         s = pattern.sub(new, s)
     s = s.lstrip(" ,:").rstrip(" ,:.")
-    separators = "[ ]" if re.search(r"[(\[⦃]", s[1:]) else "[ ,]"
+    separators = "[ ]" if re.search(r"[(\[⦃]", s) else "[ ,]"
     thousands = rf"(?<![\d.,])\d{{1,3}}(?:{separators}\d{{3}})+(?![\d,])"
     return re.sub(thousands, lambda m: re.sub("[ ,]", "", m[0]), s)
 
@@ -207,7 +210,7 @@ def factorial(x: Number) -> Number:
     if is_integer(x) and 0 <= x <= 1000:
         return Fraction(math.factorial(int(x)))
     x = inexact(x)
-    if not -1 < mp.re(x) < MAX_FACTORIAL or abs(mp.im(x)) > 100:
+    if not -100 < mp.re(x) < MAX_FACTORIAL or abs(mp.im(x)) > 100:
         raise ValueError
     return mp.gamma(x + 1)
 
@@ -272,7 +275,7 @@ def symbol(name: str, point: int) -> Fraction:
 def evaluate(tree: tuple, point: int) -> Number:
     """The value of a tree. Raises ValueError or an ArithmeticError where it has none."""
     kind, *parts = tree
-    if kind == "number":
+    if kind in ("number", "unit"):
         return parts[0]
     if kind == "constant":
         return CONSTANTS[parts[0]]
@@ -304,7 +307,7 @@ NAMES = {"\\" + name for name in [*GREEK.values(), *(
     "mathfrak").split()] if name != "pi"}
 # Units that are spelled without \text, after a space; words of four letters are units there, too.
 BARE = ("cm mm km kg mg ml mL ft in lb lbs oz mph kph hr hrs min sec day yd mi sq per deg usd USD "
-        "men way kW Hz Pa mol eV rad m s h g L N J W V K").replace(" ", "|")
+        "men way kW Hz Pa mol eV rad").replace(" ", "|")
 SAME_UNITS = {name: unit for unit, names in {
     "meter": "m metre", "centimeter": "cm centimetre", "millimeter": "mm", "kilometer": "km",
     "inch": "in inche", "foot": "ft feet", "mile": "mi", "yard": "yd", "gram": "g",
@@ -321,7 +324,7 @@ OPENING, CLOSING = "([{⦃⟦⌊⌈", ")]}⦄⟧⌋⌉"
 TOKEN = re.compile(
     r"(?:\d+\.?\d*|\.\d+)(?:[eE](?:-?\d+|\+\d\d+))?"
     r"|_\s*(?:\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}|\\[A-Za-z]+|\d+|\w)"
-    rf"""|(?P<unit>(?<=[ /])(?:{BARE})(?![A-Za-z_'])(?!\ *[A-Za-z(\\])|(?<=\ )[A-Za-z]{{4,}})"""
+    rf"""|(?P<unit>(?<=[ /])(?:(?:{BARE})(?![\w'(])|[mshgLNJWVK](?!\ *[\w'(\\]))|(?<=\d)(?:cm|mm|ft|mph|lbs|hrs)\b|(?<=\ )[A-Za-z]{{4,}})"""
     r"""|"[^"]*"|\\?[A-Za-z]+|\\.|\S""", re.ASCII)
 SUM, PRODUCT, POWER, END = 1, 2, 3, " "  # how tightly operators bind
 BINDING = {"+": SUM, "-": SUM, "*": PRODUCT, "/": PRODUCT, "^": POWER, "!": POWER, "°": POWER}
@@ -335,13 +338,13 @@ def tokenize(s: str, units: bool) -> list[str]:
     for m in TOKEN.finditer(s):
         token = m[0]
         word = token.strip('"')
-        is_unit = units and m["unit"] and (tokens or m.start()) and word not in WORDS
+        is_unit = units and m["unit"] and (tokens or m.start()) and word not in WORDS - {"min"}
         if token[0] in "_'" and tokens:
             tokens[-1] += token if len(token) == 1 else re.sub(r"\s", "", token)
-        elif word in WORDS:
-            tokens.append("\\" + word)
         elif is_unit or (token[0] == '"' and (units or len(word.strip()) != 1)):
             tokens.append('"' + word)
+        elif word in WORDS:
+            tokens.append("\\" + word)
         else:
             tokens += word.strip() if word.strip().isalpha() else [word]
     if len(tokens) > MAX_TOKENS:
@@ -477,7 +480,7 @@ class Parser:
         simple = re.match(r"\( [\\\w.]+ (?:, [\\\w.]+ )*\)", ahead)
         if self.next == "(" and (simple or name[0] in "fg" or "'" in name):
             return self.call(name)
-        return ("name", name)
+        return ("name", re.sub(r"[{}]", "", name))
 
     def call(self, name: str) -> tuple:
         self.take("(")
@@ -516,9 +519,11 @@ class Parser:
 
 def read_unit(tokens: list[str]) -> tuple[frozenset, int]:
     """A trailing unit -> the units that have a name here, and its factor (million)."""
-    text = " ".join(token.strip('"') for token in tokens)
+    text = " ".join(token[1:] for token in tokens if token[0] == '"')
+    others = "".join(token for token in tokens if token[0] != '"')
     words = re.findall("[A-Za-z]+", text)
-    if tokens and (tokens[0][0] != '"' or re.search(r"(?<![\^A-Za-z{-])\d", text.replace(" ", ""))):
+    exponents = re.fullmatch(r"(?:[*/]|\^(?:\d|\{-?\d\}))*", others)
+    if tokens and (tokens[0][0] != '"' or re.search(r"(?<![\^A-Za-z-])\d", text) or not exponents):
         raise ValueError
     if NO_UNITS & {word.lower() for word in words} or len(words) > 6:
         raise ValueError
@@ -597,8 +602,8 @@ def items(s: str) -> list[str]:
         if equations[0][1] == "=" and not any(found for _, found in equations[1:]):
             parts[0] = equations[0][0][1]  # x = 1, 2
         return [item for part in parts for item in items(part)]
-    content = inside(s, "([{⟦")
-    if content is not None and s[0] + s[-1] in ("()", "[]", "{}", "⟦⟧"):
+    content = inside(s, "([{")
+    if content is not None and s[0] + s[-1] in ("()", "[]", "{}"):
         if not split(content, ",")[1]:
             return items(content)
     readings = signs(s)
@@ -608,7 +613,7 @@ def items(s: str) -> list[str]:
 def scaled(s: str) -> str:
     """A matrix with a coefficient: every entry divided by the coefficient's inverse."""
     factor, opening, rest = s.partition("⟦")
-    if not factor.strip(" *([{") or not rest.endswith("⟧") or "⟦" in rest:
+    if not factor.strip(" *([{") or "=" in factor or not rest.endswith("⟧") or "⟦" in rest:
         return s
     rows = [" & ".join(rf"\frac{{{cell}}}{{1/({factor})}}" for cell in row.split("&"))
             for row in rest[:-1].split("¦")]
@@ -618,6 +623,11 @@ def scaled(s: str) -> str:
 # --------------------------------------------------------------------------------- work to do
 def is_constant(tree: tuple) -> bool:
     return not any(part[0] in ("name", "call") for part in walk(tree))
+
+
+def is_nameless(tree: tuple) -> bool:
+    """Numbers alone: no variable, and not e, i or \\pi."""
+    return not any(part[0] in ("name", "call", "constant") for part in walk(tree))
 
 
 def is_rational(tree: tuple) -> bool:
@@ -658,7 +668,7 @@ def worked(answer: tuple, gold: tuple) -> bool:
         return False
     irrational = {part[1] for part in walk(gold) if part[0] == "constant"} | {
         part[0] for part in walk(gold) if part[0] in FUNCTIONS}
-    if not irrational and is_rational(gold) and left_to_do(answer, "+*", is_constant):
+    if not irrational and is_rational(gold) and left_to_do(answer, "+*", is_nameless):
         return False
     if "i" in irrational or irrational & set(FUNCTIONS) or left_to_do(gold, "+", is_constant):
         return True
@@ -677,10 +687,11 @@ def points(answer: tuple, gold: tuple) -> range:
 RELATIONS = "=≈<>≤≥≠∈"
 SUBSCRIPT = r"(?:_\w|_\{[^{}]*\})?'*"
 VARIABLE = re.compile(rf"(?:\\[A-Za-z]+|[A-Za-z]){SUBSCRIPT}")
+MIDDLE = re.compile(VARIABLE.pattern + r"(?: ?\([^()]*\))?")
 NAME = rf"""(?:\\?[A-Za-z]+|"[^"]*"){SUBSCRIPT}"""
 LABEL = re.compile(  # x, f(2), AB, (x, y), Total area, |AB|, ∠A, P(A|B), dy/dx, sin A, ∫..., M ∩ N
     rf"{NAME}(?: ?\([^()]*\))?|\( ?{NAME}(?: ?, ?{NAME})* ?\)|[A-Za-z ]*|\| ?{NAME} ?\|"
-    rf"|m? ?\\(?:angle|triangle|overline) ?_?\{{?[A-Z ]+\}}?|\\(?:int|sum|prod|lim)\b.*"
+    rf"|m? ?\\(?:angle|triangle|overline) ?_?\{{?[A-Z ]+\}}?|\\(?:int|sum|prod|lim)(?![A-Za-z]).*"
     rf"|\\frac ?\{{ ?d[^{{}}]*\}} ?\{{ ?d[^{{}}]*\}}|\\[a-z]+{SUBSCRIPT} ?[A-Za-z]"
     rf"|{NAME} ?\\c[au]p ?{NAME}")
 LOOSE_LABEL = re.compile(  # m + n: names without numbers
@@ -705,6 +716,8 @@ def constant_value(s: str) -> Number | None:
 def stated(parts: list[str], ops: str, strict: bool) -> str | None:
     """What a relation says: x = 5 says 5, x ∈ A says A, 2 < x ≤ 3 says (2, 3]; None if nothing."""
     loose = not strict and parts[-1] != "0" and LOOSE_LABEL.fullmatch(parts[0])
+    if ops == "=" and VARIABLE.fullmatch(parts[1]) and constant_value(parts[0]) is not None:
+        return parts[0]
     labelled = bool(loose or LABEL.fullmatch(parts[0]))
     if set(ops) <= {"=", "≈"}:
         values = [constant_value(part) for part in split("=".join(parts), "=")[0]]
@@ -721,7 +734,7 @@ def stated(parts: list[str], ops: str, strict: bool) -> str | None:
             ops, parts = "<" + ops, [r"-\infty", *parts]
         elif len(ops) == 1:
             ops, parts = ops + "<", [*parts, r"\infty"]
-        if len(ops) == 2 and LABEL.fullmatch(parts[1]):
+        if len(ops) == 2 and MIDDLE.fullmatch(parts[1]):
             opening, closing = "[" if ops[0] == "≤" else "(", "]" if ops[1] == "≤" else ")"
             return f"{opening}{parts[0]},{parts[2]}{closing}"
     return None
@@ -751,6 +764,23 @@ def region(s: str) -> str:
         return split(low[0][1:-1], ",")[0][0].join((low[0][0], ",")) + (
             split(high[0][1:-1], ",")[0][1] + high[0][-1])
     return s
+
+
+def says(s: str) -> str:
+    """What an answer states, "" if nothing."""
+    return stated(*relation(s), strict=True) or ""
+
+
+def as_tuple(s: str) -> str:
+    """x = 3, y = 4 and a column vector as (3,4); anything else as it is."""
+    content = inside(s, "⟦")
+    if content is not None and "&" not in content:
+        return f"({content.replace('¦', ',')})"
+    sides = [relation(part) for part in split(s, ",∧")[0]]
+    labels = [parts[0] for parts, _ in sides]
+    if len(set(labels)) < len(sides) or len(sides) < 2 or any(ops != "=" for _, ops in sides):
+        return s
+    return "(" + ",".join(parts[1] for parts, _ in sorted(sides)) + ")"
 
 
 def same_relation(a: str, g: str, same) -> bool | None:
@@ -803,7 +833,7 @@ def is_text(s: str) -> bool:
     words = re.findall(r"[^\W\d_]+", s)
     if WORDS & set(words) or re.search(r"\\(?!text)", s):
         return False
-    if re.search(r"\d:\d\d ?\"? ?[AaPp]|\d[^\d\\,∨∧]*[a-z]{3,}[^\d\\,∨∧=]*\d", s):
+    if re.search(r"\d:\d\d ?\"? ?[AaPp]|\d[^\d\\,∨∧]*[a-z]{3,}[^\d\\,∨∧=^]*\d", s):
         return True  # a time of day, 5 hours 30 minutes
     if re.search(r"[\d=+*/^_|<>∨≈≠≤≥]|-\s", s):
         return False

@@ -32,6 +32,7 @@ from common.mathequal import (
     MAX_CHARS,
     MAX_DEPTH,
     MAX_ITEMS,
+    as_tuple,
     brackets_of,
     close,
     choice,
@@ -44,6 +45,7 @@ from common.mathequal import (
     points,
     region,
     same_relation,
+    says,
     scaled,
     split,
     squeezed,
@@ -58,6 +60,7 @@ DRAFT = re.compile(r"(?s)^.*</think>|<think>.*|<\|\w+\|>|</s>")
 PHRASE = re.compile(
     r"(?i)####|<answer>|\banswers?\b[^\n.]{0,40}?(?:\bis\b|\bare\b|:|=)(?!\s*(?:clear|correct|right"
     r"|wrong|helpful|useful|not\b))|^[#*_ ]*(?:final )?answers?[*_ ]*:?[*_ ]*\n", re.MULTILINE)
+LIST = re.compile(r"\d{3}(?:, ?\d{3})+")
 CONTENT = re.compile(r"(?s:\\\[(.+?)\\\]|\$\$(.+?)\$\$)|(.+?)(?:</answer>|[.!]\**\s|\n|$)")
 
 
@@ -71,10 +74,10 @@ def extract_answer(text: str) -> str | None:
     if boxes:
         return ", ".join(dict.fromkeys(boxes)) if all(boxes) else None
     answer = None
-    for phrase in PHRASE.finditer(tail):
+    for phrase in list(PHRASE.finditer(tail))[-10:]:
         found = CONTENT.match(tail[phrase.end():][:MAX_CHARS].lstrip(" \t\r\n:*_`"))
         if found:
-            answer = found[found.lastindex].strip(" *_`\t\r\n").removesuffix(".")
+            answer = found[found.lastindex].strip(" *_`\t\r\n").rstrip(" *_`.")
             answer = re.sub(r"^(?:therefore|thus|hence|simply|just)\b\s*", "", answer) or None
     return answer
 
@@ -111,6 +114,8 @@ def equivalent(answer: str, gold: str) -> bool:
     answer, gold = str(answer), str(gold)
     if max(len(answer), len(gold)) > MAX_CHARS:
         return answer.strip() == gold.strip()
+    if LIST.fullmatch(answer) and answer.replace(" ", "") == gold.replace(" ", ""):
+        return True  # 100,200 may be a list
     a, g = normalize(answer), normalize(gold)
     if not a or not g or squeezed(a) == squeezed(g):
         return bool(a and g)
@@ -130,14 +135,23 @@ def same(a: str, g: str) -> bool:
         return True
     if is_text(a) or is_text(g):
         return plain(a) == plain(g)
+    if not a or not g:
+        return False
     a, g = region(scaled(a)), region(scaled(g))
+    if as_pairs(a, g):
+        return True
     left, right = items(a), items(g)
+    if len(left) > 1 and len(right) == 1:
+        return says(g) not in ("", g) and same(a, says(g))
+    if len(right) > 1 and len(left) == 1:
+        return says(a) not in ("", a) and same(says(a), g)
     if len(left) != 1 or len(right) != 1:
         return same_members(left, right)
     (a,), (g,) = left, right
     relation = same_relation(a, g, same)
     if relation is not None:
         return relation
+    a, g = inside(a, "⟦") or a, inside(g, "⟦") or g  # the rows of a matrix
     for brackets, separator in (("", "¦"), ("", "&"), ("", ":"), ("([", ",")):
         contents = [inside(s, brackets) or "" if brackets else s for s in (a, g)]
         (a_parts, found), (g_parts, g_found) = (split(s, separator) for s in contents)
@@ -145,6 +159,12 @@ def same(a: str, g: str) -> bool:
             ends = not brackets or a[0] + a[-1] == g[0] + g[-1]
             return ends and found == g_found and all(map(same, a_parts, g_parts))
     return same_value(a, g)
+
+
+def as_pairs(a: str, g: str) -> bool:
+    """x = 3, y = 4, or a column vector, against (3,4)."""
+    pair = as_tuple(a), as_tuple(g)
+    return pair != (a, g) and all(inside(s, "(") for s in pair) and same(*pair)
 
 
 def same_members(left: list[str], right: list[str]) -> bool:

@@ -48,7 +48,7 @@ EQUAL = [
     ("m + n = 33 + 4 = 37", "37"),
     (r"\text{Area} = 12", "12"), (r"\sqrt{2} \approx 1.414", r"\sqrt{2}"), (r"x \in [-2,7]", "[-2,7]"),
     ("y = 2x + 3", "2x - y + 3 = 0"),
-    ("x + 1 = y", "y = x + 1"), ("2x > 6", "x > 3"), ("5 < x", "x > 5"), (r"y \le 0", r"(-\infty, 0]"),
+    ("x + 1 = y", "y = x + 1"), ("2x > 2y + 6", "x > y + 3"), ("5 < x", "x > 5"), (r"y \le 0", r"(-\infty, 0]"),
     (r"-2 \leq x < 7", "[-2,7)"),
     # lists and sets have no order; \pm is two values
     ("1, -2", "-2,1"), (r"\{1, 2\}", r"\{2, 1\}"), (r"1 \text{ and } 2", "2, 1"), ("x=1 or x=2", "1,2"), (r"\{5\}", "5"),
@@ -93,7 +93,7 @@ DIFFERENT = [
     (r"\begin{pmatrix}1&2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
     # relations: what is stated counts, and only that
     ("81 + 28 = 109", "81"), ("0 = 0", "x = 0"), ("x + y = 0", "x - y = 0"), ("x^2 = 0", "2y = 0"), ("0", "x^2 - 5x = 0"),
-    ("x = 5", "x = 6"),
+    ("x = 5", "x = 6"), ("2x > 6", "x > 3"),
     ("x > 3", "x < 3"), ("-x > 3", "x > 3"), (r"x \ge 3", "x > 3"), ("2x = 10", "10"), ("x = 0", "y = 0"),
     ("15 + 12 = 28", "27"),
     (r"x = \infty", "y = 2x"), ("y' + y = 0", "0"), (r"xy \ge 0", r"[0,\infty)"), ("x = 1/0", "x = 2/0"),
