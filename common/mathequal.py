@@ -1,12 +1,13 @@
-r"""The grammar behind verify.py: one spelling per symbol, the value of an expression, lists and sets.
+r"""The grammar behind verify.py: one spelling per symbol, values of expressions, lists and sets.
 
-`normalize` gives LaTeX, Unicode and plain text one spelling. `parse` reads an expression into a tree
-with a small operator-precedence grammar. `value` computes the tree at a point, exactly as a Fraction
-or with mpmath to 110 digits; a variable gets fixed pseudo-random values. `items` splits lists.
+`normalize` gives LaTeX, Unicode and plain text one spelling. `parse` reads an expression into a
+tree with a small operator-precedence grammar. `value` computes the tree at a point, exactly as a
+Fraction or with mpmath to 110 digits; a variable gets fixed pseudo-random values. `items` splits
+lists, `stated` says what an equation claims, `worked` whether a sum is left to do.
 
-Nothing is executed: no eval, and none of sympy's string parsers, which call it. Nothing is simplified
-or solved: every size is bounded (see MAX_), so nothing is slow. What the grammar does not know
-(\sum, \int, a^b^c) and what is over a limit has no value and can only match as a string.
+Nothing is executed: no eval, and none of sympy's string parsers, which call it. Nothing is
+simplified or solved: every size is bounded (see MAX_), so nothing is slow. What the grammar does
+not know (\sum, \int, a^b^c) and what is over a limit has no value and only matches as a string.
 """
 import hashlib
 import math
@@ -45,16 +46,19 @@ SYNONYMS = {old: new for new, olds in {
     "*": "cdot times ast", "/": "div", "≤": "le leq leqslant", "≥": "ge geq geqslant",
     "<": "lt", ">": "gt", "≠": "ne neq", "≈": "approx simeq", "∈": "in", "∪": "cup",
     "∖": "setminus backslash smallsetminus", "±": "pm", "∓": "mp", "°": "degree degrees circ",
-    "|": "vert lvert rvert mid", "'": "prime", "⦃": "lbrace", "⦄": "rbrace", "...": "ldots dots cdots",
+    "|": "vert lvert rvert mid", "'": "prime", "⦃": "lbrace", "⦄": "rbrace",
+    "...": "ldots dots cdots",
     "⌊": "lfloor", "⌋": "rfloor", "⌈": "lceil", "⌉": "rceil", "(": "langle", ")": "rangle",
     "£": "pounds", "∧": "land wedge", "∨": "lor vee",
-    r"\emptyset ": "varnothing", r"\frac": "dfrac tfrac cfrac sfrac nicefrac", r"\binom": "dbinom tbinom",
+    r"\emptyset ": "varnothing", r"\frac": "dfrac tfrac cfrac sfrac nicefrac",
+    r"\binom": "dbinom tbinom",
     r"\epsilon ": "varepsilon", r"\phi ": "varphi", r"\theta ": "vartheta",
     " ": "left right big Big bigg Bigg bigl bigr Bigl Bigr displaystyle textstyle limits quad qquad "
          "space vec mathord hspace",
 }.items() for old in olds.split()}
-FONT = r"\\(?:text(?!color)\w*|mbox|math(?:rm|bf|it|sf|tt)|operatorname\*?|boldsymbol|bm|rm|bf|it|tt)"
-NOTHING = "no (?:real )?(?:solutions?|roots?)|(?:the )?empty set|there (?:is|are) no (?:real )?solutions?"
+FONT = (r"\\(?:text(?!color)\w*|mbox|math(?:rm|bf|it|sf|tt)|operatorname\*?|boldsymbol|bm"
+        r"|rm|bf|it|tt)")
+NOTHING = r"(?:there (?:is|are) )?no (?:real )?(?:solutions?|roots?)|(?:the )?empty set"
 LEADING = ("the points? vertex is are at either both about approximately exactly answers? option"
            " choice value").replace(" ", "|")
 
@@ -97,7 +101,8 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in [
     (r"\^\s*\{?\s*°\s*\}?", "°"), (r'°\s*"?\s*[CF]\b\s*"?', "°"),
     (r"\^\s*\{?\s*('+)\s*\}?", r"\1"),  # y^{\prime} is y'
     (r',?\s*(?:"[\s,]*or\s*"|\bor\b)', "∨"), (r',?\s*(?:"[\s,]*and\s*"|\band\b)', "∧"), (r";", ","),
-    (rf'(?i)"?\b(?:{NOTHING})\b"?', r"\\emptyset "), (r'(?i)"?\b(?:infinity|infinite)\b"?', r"\\infty "),
+    (rf'(?i)"?\b(?:{NOTHING})\b"?', r"\\emptyset "),
+    (r'(?i)"?\b(?:infinity|infinite)\b"?', r"\\infty "),
     (r'(?i)"?\ball real numbers\b"?|\\mathbb\s*\{?\s*R\s*\}?(?!\s*[_^])', r"(-\\infty ,\\infty )"),
     (r'"([^"A-Za-z]*)"', r" \1 "), (r'^\s*"([^"]*[\d=,∨∧][^"]*)"\s*$', r"\1"),
     (rf'(?i)^[\s"]*(?:(?:{LEADING})\b[\s":]*)+(?=[\W\dA-Z])', ""),
@@ -324,7 +329,8 @@ OPENING, CLOSING = "([{⦃⟦⌊⌈", ")]}⦄⟧⌋⌉"
 TOKEN = re.compile(
     r"(?:\d+\.?\d*|\.\d+)(?:[eE](?:-?\d+|\+\d\d+))?"
     r"|_\s*(?:\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}|\\[A-Za-z]+|\d+|\w)"
-    rf"""|(?P<unit>(?<=[ /])(?:(?:{BARE})(?![\w'(])|[mshgLNJWVK](?!\ *[\w'(\\]))|(?<=\d)(?:cm|mm|ft|mph|lbs|hrs)\b|(?<=\ )[A-Za-z]{{4,}})"""
+    rf"|(?P<unit>(?<=[ /])(?:(?:{BARE})(?![\w'(])|[mshgLNJWVK](?!\ *[\w'(\\]))"
+    r"|(?<=\d)(?:cm|mm|ft|mph|lbs|hrs)\b|(?<=\ )[A-Za-z]{4,})"
     r"""|"[^"]*"|\\?[A-Za-z]+|\\.|\S""", re.ASCII)
 SUM, PRODUCT, POWER, END = 1, 2, 3, " "  # how tightly operators bind
 BINDING = {"+": SUM, "-": SUM, "*": PRODUCT, "/": PRODUCT, "^": POWER, "!": POWER, "°": POWER}
@@ -523,7 +529,8 @@ def read_unit(tokens: list[str]) -> tuple[frozenset, int]:
     others = "".join(token for token in tokens if token[0] != '"')
     words = re.findall("[A-Za-z]+", text)
     exponents = re.fullmatch(r"(?:[*/]|\^(?:\d|\{-?\d\}))*", others)
-    if tokens and (tokens[0][0] != '"' or re.search(r"(?<![\^A-Za-z-])\d", text) or not exponents):
+    digits = re.search(r"(?<![\^A-Za-z-])\d", text)
+    if tokens and (tokens[0][0] != '"' or digits or not exponents):
         raise ValueError
     if NO_UNITS & {word.lower() for word in words} or len(words) > 6:
         raise ValueError
@@ -843,7 +850,7 @@ def is_text(s: str) -> bool:
 
 
 def choice(s: str) -> tuple[str, str]:
-    """The letter of a multiple-choice answer and what follows it: C, (C), C. 12; ("", "") if none."""
+    """The letter of a multiple-choice answer and what follows it: C, (C), C. 12; or two ""."""
     m = re.fullmatch(r"\(?([A-J])(?:[).:] ?(.*))?", s.replace('"', ""))
     if not m or re.search(r"\b[A-J][).:]|∨|∧", m[2] or ""):
         return "", ""

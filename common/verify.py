@@ -34,8 +34,8 @@ from common.mathequal import (
     MAX_ITEMS,
     as_tuple,
     brackets_of,
-    close,
     choice,
+    close,
     inside,
     is_text,
     items,
@@ -55,7 +55,8 @@ from common.mathequal import (
 
 MAX_TAIL = 20_000  # characters of a response that are searched
 BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:(\{)|([-+]?\d[\d.,]*\b|[A-Za-z]\b))")
-GLUE = re.compile(r"(?:[\s$,;&]|\\[()]|\\\\|\\q?quad|\\text\s*\{\s*(?:and|or)\s*\}|and|or|[a-z]\s*=)*")
+GLUE = re.compile(
+    r"(?:[\s$,;&]|\\[()]|\\\\|\\q?quad|\\text\s*\{\s*(?:and|or)\s*\}|and|or|[a-z]\s*=)*")
 DRAFT = re.compile(r"(?s)^.*</think>|<think>.*|<\|\w+\|>|</s>")
 PHRASE = re.compile(
     r"(?i)####|<answer>|\banswers?\b[^\n.]{0,40}?(?:\bis\b|\bare\b|:|=)(?!\s*(?:clear|correct|right"
@@ -185,6 +186,9 @@ def same_value(a: str, g: str) -> bool:
 
     Letters after a space are read as variables first, then as a unit.
     """
+    as_units = parse(a, True), parse(g, True)
+    if all(as_units) and not worked(as_units[0][0], as_units[1][0]):
+        return False  # 5*11 cm for 55 cm, which is worked out as a product of variables
     for units in (False, True):
         answer, gold = parse(a, units), parse(g, units)
         if answer is None or gold is None or not worked(answer[0], gold[0]):
