@@ -182,7 +182,7 @@ def same_members(left: list[str], right: list[str]) -> bool:
 
 
 def same_value(a: str, g: str) -> bool:
-    """Whether two expressions have one value at every point, no unit that differs, and no work left.
+    """Whether two expressions have one value at every point, the same unit, and no work left.
 
     Letters after a space are read as variables first, then as a unit.
     """
