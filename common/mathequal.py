@@ -102,7 +102,7 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in [
     (r"\^\s*\{?\s*('+)\s*\}?", r"\1"),  # y^{\prime} is y'
     (r',?\s*(?:"[\s,]*or\s*"|\bor\b)', "∨"), (r',?\s*(?:"[\s,]*and\s*"|\band\b)', "∧"), (r";", ","),
     (rf'(?i)"?\b(?:{NOTHING})\b"?', r"\\emptyset "),
-    (r'(?i)"?\b(?:infinity|infinite)\b"?', r"\\infty "),
+    (r'(?i)"?\b(?:positive )?infinity\b"?', r"\\infty "),
     (r'(?i)"?\ball real numbers\b"?|\\mathbb\s*\{?\s*R\s*\}?(?!\s*[_^])', r"(-\\infty ,\\infty )"),
     (r'"([^"A-Za-z]*)"', r" \1 "), (r'^\s*"([^"]*[\d=,∨∧][^"]*)"\s*$', r"\1"),
     (rf'(?i)^[\s"]*(?:(?:{LEADING})\b[\s":]*)+(?=[\W\dA-Z])', ""),
@@ -221,7 +221,7 @@ def factorial(x: Number) -> Number:
 
 
 def binomial(n: Number, k: Number) -> Number:
-    if is_integer(k) and 0 <= k <= 20:
+    if is_integer(k) and 0 <= k <= 8:
         result = Fraction(1)
         for j in range(int(k)):
             result = times(result, times(plus(n, Fraction(-j)), Fraction(1, j + 1)))
@@ -840,7 +840,7 @@ def is_text(s: str) -> bool:
     words = re.findall(r"[^\W\d_]+", s)
     if WORDS & set(words) or re.search(r"\\(?!text)", s):
         return False
-    if re.search(r"\d:\d\d ?\"? ?[AaPp]|\d[^\d\\,∨∧]*[a-z]{3,}[^\d\\,∨∧=^]*\d", s):
+    if re.search(r"\d:\d\d ?\"? ?[AaPp]|\d[^\d\\,∨∧]{0,30}[a-z]{3}[^\d\\,∨∧=^]{0,30}\d", s):
         return True  # a time of day, 5 hours 30 minutes
     if re.search(r"[\d=+*/^_|<>∨≈≠≤≥]|-\s", s):
         return False
