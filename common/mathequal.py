@@ -53,8 +53,8 @@ SYNONYMS = {old: new for new, olds in {
     r"\emptyset ": "varnothing", r"\frac": "dfrac tfrac cfrac sfrac nicefrac",
     r"\binom": "dbinom tbinom",
     r"\epsilon ": "varepsilon", r"\phi ": "varphi", r"\theta ": "vartheta",
-    " ": "left right big Big bigg Bigg bigl bigr Bigl Bigr displaystyle textstyle limits quad qquad "
-         "space vec mathord hspace",
+    " ": "left right big Big bigg Bigg bigl bigr Bigl Bigr displaystyle textstyle limits quad "
+         "qquad space vec mathord hspace",
 }.items() for old in olds.split()}
 FONT = (r"\\(?:text(?!color)\w*|mbox|math(?:rm|bf|it|sf|tt)|operatorname\*?|boldsymbol|bm"
         r"|rm|bf|it|tt)")
@@ -541,7 +541,7 @@ def read_unit(tokens: list[str]) -> tuple[frozenset, int]:
 
 @lru_cache(maxsize=8192)
 def parse(s: str, units: bool) -> tuple[tuple, frozenset] | None:
-    """A tree and its unit; None if s is no expression. With units, letters after a space are one."""
+    """Tree and unit; None if s is no expression. With units, letters after a space are one."""
     try:
         parser = Parser(tokenize(s, units))
         tree = parser.expression()
