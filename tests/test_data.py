@@ -194,7 +194,7 @@ def test_order_and_count_follow_the_seed(tmp_path):
 
 @pytest.mark.parametrize("cell, answer", [
     ("a\n#### 5", "5"), ("1 #### 2 #### 3", "3"), ("####", None),
-    ("so \\boxed{3} and \\boxed{4}", "4"), ("\\fbox{6}", "6"), ("\\boxed{", None),
+    ("so \\boxed{3} and \\boxed{4}", "3, 4"), ("\\fbox{6}", "6"), ("\\boxed{", None),
     ("#### \\boxed{5}", "\\boxed{5}"),
     ({"ground_truth": "7"}, "7"), ({"ground_truth": ["7"]}, "7"), ({"ground_truth": None}, None),
     ({"ground_truth": {"ground_truth": 7}}, "7"), ({"answer": "7"}, None),

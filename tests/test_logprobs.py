@@ -95,6 +95,10 @@ def test_float32_inside_a_chunk():
     assert logp.dtype == entropy.dtype == torch.float32
     assert logp.item() == pytest.approx(-math.log(2), abs=1e-5)
     assert entropy.item() == pytest.approx(math.log(2), abs=1e-5)
+    # logits 3 and 0 at temperature 0.7: 3 / 0.7 = 4.28571, in bfloat16 4.28125
+    one, weight = torch.ones(1, 1).bfloat16(), torch.tensor([[3.0], [0.0]]).bfloat16()
+    logp, _ = token_logprobs(one, weight, torch.tensor([1]), temperature=0.7)
+    assert logp.item() == pytest.approx(-math.log(1 + math.exp(3 / 0.7)), abs=1e-5)
 
 
 def test_size_of_a_chunk(monkeypatch):

@@ -226,7 +226,7 @@ def test_kl_loss_has_the_gradient_of_the_kl(on_policy):
 
 
 def test_kl_loss_by_hand():
-    """Two tokens in the mask and one outside. r = e^(-1+1) = 1, k2 = (-1+3)^2 / 2 = 2; r = e^(-1+2),
+    """Two tokens in the mask, one outside. r = e^(-1+1) = 1, k2 = (-1+3)^2 / 2 = 2; r = e^(-1+2),
     k2 = (-1-1)^2 / 2 = 2: (2 + 2e) / 2. The gradient is r (log p - log ref) / 2: 1 and -e."""
     logp = torch.tensor([[-1.0, -1.0, -9.0]], requires_grad=True)
     ref = torch.tensor([[-3.0, 1.0, 0.0]])

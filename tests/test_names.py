@@ -81,8 +81,8 @@ def test_every_script_has_a_reward_of_text_and_row(script):
     module = importlib.import_module(script)
     parameters = inspect.signature(module.reward).parameters.values()
     assert [parameter.name for parameter in parameters] == ["text", "row"]
-    right, wrong = (module.reward(f"so \\boxed{{{x}}}", {"answer": "4"}) for x in ("2+2", "5"))
-    assert (right, wrong) == (1.0, 0.0)
+    for answer, value in (("4.0", 1.0), ("5", 0.0)):
+        assert module.reward(f"so \\boxed{{{answer}}}", {"answer": "4"}) == value
     own = [f for _, f in inspect.getmembers(module, inspect.isfunction) if f.__module__ == script]
     first = min(own, key=lambda function: inspect.getsourcelines(function)[1])
     assert first is module.reward

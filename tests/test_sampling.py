@@ -179,6 +179,27 @@ def test_left_padding_changes_nothing(kind, tokenizer):
     assert torch.allclose(beside.logp[:6, :T], alone.logp, atol=1e-5)
 
 
+def test_positions_count_the_tokens_of_a_row(tokenizer):
+    """Prompts of 3, 6 and 1 tokens in six places: each begins at position 0, whatever stands to its
+    left, and its answer goes on from its own length."""
+    model, seen = random_model(vocab_size=len(tokenizer)), []
+    model.generation_config.eos_token_id = None
+    tokenizer = byte_level_tokenizer()
+    tokenizer.eos_token = tokenizer.chat_template = None
+
+    def note(module, args, kwargs):
+        seen.append((kwargs["position_ids"], kwargs["attention_mask"]))
+
+    model.model.register_forward_pre_hook(note, with_kwargs=True)
+    sample(model, tokenizer, PROMPTS, 1, 3, seed=1)
+    positions, visible = seen[0]
+    assert visible.tolist() == [[0, 0, 0, 1, 1, 1], [1] * 6, [0] * 5 + [1]]
+    for row, k in enumerate((3, 6, 1)):
+        assert positions[row, -k:].tolist() == list(range(k))
+    assert seen[1][0].tolist() == [[3], [6], [1]] and seen[2][0].tolist() == [[4], [7], [2]]
+    assert seen[2][1].sum(1).tolist() == [5, 8, 3]
+
+
 @pytest.mark.parametrize("options", [{}, {"top_p": 0.9}, {"repetition_penalty": 1.3},
                                      {"temperature": 0}])
 def test_an_answer_depends_on_seed_and_row_alone(options, tokenizer):
@@ -327,6 +348,8 @@ def test_keep_top_p():
         assert torch.equal(left[kept], logp[0, kept])
     half = keep_top_p(torch.tensor([[0.25, 0.5, 0.25]]).log(), 0.5)
     assert half.isfinite()[0].tolist() == [False, True, False]
+    ones = keep_top_p(torch.zeros(1, 2), 1.0)  # weights of 1 and 1: the first reaches 1 exactly
+    assert ones.isfinite().sum() == 1
 
 
 class Fixed(torch.nn.Module):
