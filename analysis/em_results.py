@@ -1,178 +1,314 @@
-"""One-shot entropy minimization's claims on the embedded model -> docs/results/entropy_min.{json,md} and its figures.
+"""One-shot entropy minimization's claims on the embedded model -> results/entropy_min.{json,md}.
 
-    python docs/em_results.py              # 15 arms, eight seeds, two runs at a time: twenty minutes; finished runs are kept
+    python -m analysis.em_results       # 15 arms, eight seeds, two runs at a time: 20 minutes
+
+Accuracy: 8 answers to each of 1,024 held-out problems.
 """
-import statistics
 from collections import Counter
 
-import experiment as ex
-import matplotlib.pyplot as plt
-from experiment import BLUE, GREEN, GREY, ORANGE
-
+from analysis import experiment as ex
+from analysis import internal
+from analysis.experiment import BLUE, GREEN, GREY, ORANGE, Arm, mean
+from analysis.logits import logit_statistics
 from common.evaluate import evaluate
 from common.models import load_model, load_tokenizer
 from common.sampling import sample
 from common.verify import extract_answer
-from entropy_min import logit_statistics
 
 TEMPERATURES = (0.0, 0.3, 0.6, 1.0, 1.5)
-EVAL = "--eval-problems 128 --eval-k 8"
 STOPS = (0.7, 0.5, 0.3, 0.2)
+LOOKS = (0, 2, 4, 6, 8, 10, 15, 16, 20, 25, 30, 35, 40)
+FOUR = ("base", "EM", "GRPO", "EM, then GRPO")
+EVAL = "--eval-problems 1024"
 
 
 def shape_of(result: dict) -> dict:
-    """Format and skill apart: share of answers that end in a box, and accuracy among those."""
-    answers = [("\\boxed{" in text, right) for row in result["answers"]
-               for text, right in zip(row["responses"], row["correct"])]
-    parsed = [right for found, right in answers if found]
-    return {"accuracy": result["avg_at_k"], "length": result["length"], "parsed": len(parsed) / len(answers),
-            "accuracy_parsed": statistics.fmean(parsed) if parsed else 0.0}
+    """Format and skill apart: share of answers that hold a box, and accuracy among those."""
+    boxed = []
+    rewards = []
+    for row in result["answers"]:
+        for text, reward in zip(row["responses"], row["rewards"], strict=True):
+            boxed.append("\\boxed{" in text)
+            if boxed[-1]:
+                rewards.append(reward)
+    return {
+        "accuracy": result["avg_at_k"],
+        "length": result["length"],
+        "parsed": mean(boxed),
+        "accuracy_parsed": mean(rewards) if rewards else 0.0,
+    }
+
+
+def held_out(run, temperature: float, k: int, seed: int) -> dict:
+    return evaluate(run.model, run.tokenizer, run.held_out[:64], run.reward, k,
+                    run.args.max_new_tokens, temperature, seed=seed)
 
 
 def probe(run) -> dict:
-    """Labelled: accuracy on 64 held-out problems. Unlabelled, as a stopping rule may see it: how many of a problem's answers
-    agree with their majority."""
-    result = evaluate(run.model, run.tokenizer, run.held_out[:64], 8, run.cfg.max_new_tokens, seed=99)
-    votes = [Counter(extract_answer(text) for text in row["responses"]).most_common(1)[0][1] / 8 for row in result["answers"]]
-    return {**shape_of(result), "agreement": statistics.fmean(votes)}
+    """With labels: accuracy on 64 held-out problems. Without, as a stopping rule may see it: how
+    many of a problem's answers agree with their majority."""
+    result = held_out(run, 1.0, 8, seed=99)
+    agreement = []
+    for row in result["answers"]:
+        votes = Counter(extract_answer(text) for text in row["responses"])
+        agreement.append(votes.most_common(1)[0][1] / 8)
+    return {**shape_of(result), "agreement": mean(agreement)}
 
 
 def after(run) -> dict:
-    """Accuracy at several temperatures, and the logits on answers of the embedded model, the same ones for every model."""
-    base, tokenizer = load_model("tiny", "cpu", "float32"), load_tokenizer("tiny")
-    answers = sample(base, tokenizer, [row["prompt"] for row in run.held_out[:32]], 1, run.cfg.max_new_tokens, 0.6, seed=3)
+    """Accuracy at several temperatures, and the logits on 32 answers of the embedded model, the
+    same ones for every model."""
+    base = load_model(internal.Args(device="cpu"), trained=False)
+    prompts = run.encode(run.held_out[:32])
+    answers = sample(base, load_tokenizer("tiny"), prompts, 1, run.args.max_new_tokens, 0.6, seed=3)
     logits = logit_statistics(run.model, answers, 4096)
-    for of in logits.values():
-        del of["histogram"]
-    rows, longest = run.held_out[:64], run.cfg.max_new_tokens
-    heat = {str(T): shape_of(evaluate(run.model, run.tokenizer, rows, 8 if T else 1, longest, T, seed=7)) for T in TEMPERATURES}
-    return {"logits": logits, "temperatures": heat}
+    for values in logits.values():
+        del values["histogram"]
+    by_temperature = {}
+    for T in TEMPERATURES:
+        result = held_out(run, T, 8 if T else 1, seed=7)
+        by_temperature[str(T)] = shape_of(result)
+    return {"logits": logits, "temperatures": by_temperature}
 
 
-def ascend(_run, optimizer):
+def ascend(_run, optimizer) -> None:
     """The control: the same updates uphill."""
-    optimizer.adamw.param_groups[0]["maximize"] = True
-    return optimizer
+    optimizer.param_groups[0]["maximize"] = True
 
 
-RL = "--steps 16"
-FIRST = {  # name -> script, flags, what is watched
-    "EM": ("entropy_min.py", EVAL, dict(after=after)),
-    "EM 40 updates": ("entropy_min.py", f"{EVAL} --steps 40", dict(probe=probe, every=1)),
-    "EM lr 6e-4": ("entropy_min.py", f"{EVAL} --lr 6e-4"),
-    "EM lr 1.5e-4": ("entropy_min.py", f"{EVAL} --lr 1.5e-4"),
-    "loss T 1": ("entropy_min.py", f"{EVAL} --loss-temperature 1"),
-    "loss T 1.5": ("entropy_min.py", f"{EVAL} --loss-temperature 1.5"),
-    "sampled as the script": ("entropy_min.py", f"{EVAL} --top-p 0.95 --repetition-penalty 1.15"),
-    "authors' mask": ("entropy_min.py", f"{EVAL} --authors-mask"),
-    "4 problems": ("entropy_min.py", f"{EVAL} --shots 4"),
-    "16 problems": ("entropy_min.py", f"{EVAL} --shots 16"),
-    "chosen by variance": ("entropy_min.py", f"{EVAL} --select 32"),
-    "entropy ascent": ("entropy_min.py", EVAL, dict(prepare=ascend)),
-    "GRPO": ("grpo.py", f"{EVAL} {RL}", dict(after=after)),
+def em(flags: str = "", **watch) -> Arm:
+    return Arm("entropy_min.py", f"{EVAL} {flags}", **watch)
+
+
+FIRST = {
+    "EM": em(after=after),
+    "EM 40 updates": em("--steps 40", probe=probe, every=1),
+    "EM lr 6e-4": em("--lr 6e-4"),
+    "EM lr 1.5e-4": em("--lr 1.5e-4"),
+    "loss T 1": em("--loss-temperature 1"),
+    "loss T 1.5": em("--loss-temperature 1.5"),
+    "sampled as the script": em("--top-p 0.95 --repetition-penalty 1.15"),
+    "authors' mask": em("--authors-mask"),
+    "4 problems": em("--shots 4"),
+    "16 problems": em("--shots 16"),
+    "chosen by variance": em("--select 32"),
+    "entropy ascent": em(prepare=ascend),
+    "GRPO": Arm("grpo.py", f"{EVAL} --steps 16", after=after),
 }
 THEN = {
-    "EM, then GRPO": ("grpo.py", f"{EVAL} {RL} --model {{runs}}/EM-{{seed}}/model", dict(after=after)),
-    "GRPO, then EM": ("entropy_min.py", f"{EVAL} --model {{runs}}/GRPO-{{seed}}/model"),
+    "EM, then GRPO": Arm("grpo.py", f"{EVAL} --steps 16 --model {{runs}}/EM-{{seed}}/model",
+                         after=after),
+    "GRPO, then EM": em("--model {runs}/GRPO-{seed}/model"),
 }
-BASE = {"base": ("entropy_min.py", "--eval-problems 64 --eval-k 2 --steps 1 --lr 1e-12", dict(after=after))}  # the model as it is
+UNTRAINED = "--eval-problems 64 --steps 1 --lr 1e-12"  # leaves the model as it is
+BASE = {"base": Arm("entropy_min.py", UNTRAINED, after=after)}
+NAMES = [*FIRST, *THEN]
 
 
-def near(result, key, update) -> float:
-    """Mean over the look after `update` updates and its two neighbours: one look is 512 answers and noisy."""
-    return statistics.fmean(p[key] for p in result["probe"] if abs(p["step"] - update) <= 1)
+def near(result, key: str, update: int) -> float:
+    """Mean over the look after `update` updates and its neighbours: one look is 512 answers."""
+    return mean([look[key] for look in result["probe"] if abs(look["step"] - update) <= 1])
 
 
-def floor(result, share) -> int:
-    """Updates made when the sampled entropy was first seen below `share` of its first value (all of them if never)."""
-    start = result["rows"][0]["entropy"]
-    return next((i for i, row in enumerate(result["rows"]) if row["entropy"] < share * start), len(result["rows"]))
+def entropy_falls(result, share: float) -> int:
+    """Updates made when the entropy is first below a share of its first value; all if never."""
+    entropies = [row["entropy"] for row in result["rows"]]
+    for update, entropy in enumerate(entropies):
+        if entropy < share * entropies[0]:
+            return update
+    return len(entropies)
 
 
-def first_fall(result) -> int:
-    """Updates made when the agreement of answers was first seen to fall, three looks against the three before."""
-    votes = [p["agreement"] for p in result["probe"]]
-    return next((i for i in range(5, len(votes)) if sum(votes[i - 2:i + 1]) < sum(votes[i - 5:i - 2])), len(votes) - 1)
+def agreement_falls(result) -> int:
+    """Updates made when the agreement is first seen to fall, three looks against the three
+    before."""
+    votes = [look["agreement"] for look in result["probe"]]
+    for i in range(5, len(votes)):
+        if sum(votes[i - 2:i + 1]) < sum(votes[i - 5:i - 2]):
+            return i
+    return len(votes) - 1
+
+
+def arms_table(results) -> str:
+    heads = ["arm", "accuracy after", "minus EM, paired seeds", "Pass@8", "tokens"]
+    rows = []
+    for name in NAMES:
+        values = results.accuracy(name)
+        rows.append([
+            name,
+            ex.spread(values),
+            "" if name == "EM" else ex.paired(values, results.accuracy("EM")),
+            f"{mean(results.pass_at(name, 8)):.3f}",
+            f"{mean(results.summary(name, 'length_after')):.0f}",
+        ])
+    before = results["EM"][0]["summary"]["avg_at_k_before"]
+    return ex.table(heads, rows) + (
+        f"\nBefore: {before:.3f}. Accuracy: Avg@8 at temperature 1 on 1,024 held-out problems, "
+        "mean (lowest to highest seed).\n")
+
+
+def course_table(results) -> str:
+    heads = ["updates", "accuracy", "lowest and highest seed", "parsed", "accuracy of the parsed",
+             "tokens", "agreement", "loss"]
+    runs = results["EM 40 updates"]
+    rows = []
+    for place, look in enumerate(runs[0]["probe"]):
+        if look["step"] not in LOOKS:
+            continue
+        found = [run["probe"][place] for run in runs]
+        accuracy = [seed["accuracy"] for seed in found]
+        row = [look["step"], f"{mean(accuracy):.3f}", f"{min(accuracy):.3f}, {max(accuracy):.3f}"]
+        for key in ("parsed", "accuracy_parsed", "length", "agreement"):
+            digits = 0 if key == "length" else 3
+            row.append(f"{mean([seed[key] for seed in found]):.{digits}f}")
+        losses = [run["rows"][min(look["step"], len(run["rows"]) - 1)]["loss"] for run in runs]
+        rows.append([*row, f"{mean(losses):.4f}"])
+    return ex.table(heads, rows)
+
+
+def stops_table(results) -> str:
+    runs = results["EM 40 updates"]
+    peaks = []
+    for run in runs:
+        peaks.append(max(near(run, "accuracy", look["step"]) for look in run["probe"]))
+    rows = [["the peak itself (needs labels)", "", ex.spread(peaks), ""]]
+    stopped = {"10 updates": [10] * len(runs)}
+    stopped["agreement of answers falls"] = [agreement_falls(run) for run in runs]
+    for share in STOPS:
+        name = f"entropy below {share} of its start"
+        stopped[name] = [entropy_falls(run, share) for run in runs]
+    for name, updates in stopped.items():
+        there = []
+        for run, update in zip(runs, updates, strict=True):
+            there.append(near(run, "accuracy", min(update, run["probe"][-1]["step"])))
+        rows.append([name, ex.spread(updates, 0), ex.spread(there), ex.paired(peaks, there)])
+    return ex.table(["rule", "updates", "accuracy where it stops", "below the seed's peak"], rows)
+
+
+def at_temperature(results, name: str, T: float, key: str = "accuracy") -> list[float]:
+    return [result["after"]["temperatures"][str(T)][key] for result in results[name]]
+
+
+def heat_table(results) -> str:
+    rows = []
+    for T in TEMPERATURES:
+        cells = [ex.spread(at_temperature(results, name, T)) for name in FOUR]
+        rows.append([T or "greedy", *cells])
+    return ex.table(["temperature of the evaluation", *FOUR], rows)
+
+
+def form_table(results) -> str:
+    rows = []
+    for name in FOUR:
+        row = [name]
+        for key in ("accuracy", "parsed", "accuracy_parsed", "length"):
+            row.append(f"{mean(at_temperature(results, name, 1.0, key)):.3f}")
+        rows.append(row)
+    heads = ["at temperature 1", "accuracy", "parsed", "accuracy of the parsed", "tokens"]
+    return ex.table(heads, rows)
+
+
+def logit(results, name: str, kind: str, key: str) -> list[float]:
+    return [result["after"]["logits"][kind][key] for result in results[name]]
+
+
+def logits_table(results) -> str:
+    heads = ["model", "all logits: mean", "std", "skewness", "50 largest / 0.6: mean", "std",
+             "skewness"]
+    rows = []
+    for name in FOUR:
+        row = [name]
+        for kind in ("raw", "top_k"):
+            for key in ("mean", "std", "skewness"):
+                row.append(ex.spread(logit(results, name, kind, key), 2))
+        rows.append(row)
+    return ex.table(heads, rows)
+
+
+def pairs_table(results, seeds: int) -> str:
+    """Differences by seed; the one untrained model stands beside every seed."""
+    before = [results["EM"][0]["summary"]["avg_at_k_before"]] * seeds
+    rows = [["accuracy: EM minus before", ex.paired(results.accuracy("EM"), before)]]
+    for first, then in (("EM, then GRPO", "GRPO"), ("GRPO, then EM", "GRPO")):
+        difference = ex.paired(results.accuracy(first), results.accuracy(then))
+        rows.append([f"{first} minus {then}", difference])
+    runs = results["EM 40 updates"]
+    last = runs[0]["probe"][-1]["step"]
+    early, late = min(15, last), min(40, last)
+    rows.append([f"accuracy after {early} updates minus after {late}",
+                 ex.paired([near(run, "accuracy", early) for run in runs],
+                           [near(run, "accuracy", late) for run in runs])])
+    greedy = at_temperature(results, "EM", 0.0)
+    rows.append(["greedy accuracy: EM minus before",
+                 ex.paired(greedy, at_temperature(results, "base", 0.0) * seeds)])
+    for name in ("EM", "GRPO"):
+        for kind, what in (("raw", "all logits"), ("top_k", "the 50 largest")):
+            trained = logit(results, name, kind, "skewness")
+            untrained = logit(results, "base", kind, "skewness") * seeds
+            head = f"skewness of {what}: {name} minus before"
+            rows.append([head, ex.paired(trained, untrained)])
+    return ex.table(["difference, paired by seed", "mean and its standard error"], rows)
+
+
+def draw_course(axis, results) -> None:
+    name = "EM 40 updates"
+    x = [look["step"] for look in results[name][0]["probe"]]
+    accuracy = results.probes(name, lambda look: look["accuracy"])
+    agreement = results.probes(name, lambda look: look["agreement"])
+    entropies = []
+    for result in results[name]:
+        start = result["rows"][0]["entropy"]
+        entropies.append([row["entropy"] / start for row in result["rows"]])
+    ex.band(axis, accuracy, "accuracy, held-out", ORANGE, x=x)
+    ex.band(axis, agreement, "agreement with the majority", GREEN, "--", x=x)
+    ex.band(axis, entropies, "entropy / its start", GREY, ":")
+    ex.tidy(axis, "one problem, 40 updates, every seed", "updates", legend=True)
+
+
+def draw_heat(axis, results) -> None:
+    looks = ((GREY, "-"), (ORANGE, "-"), (BLUE, "-"), (BLUE, ":"))
+    for name, (color, style) in zip(FOUR, looks, strict=True):
+        by_temperature = [at_temperature(results, name, T) for T in TEMPERATURES]
+        curves = list(zip(*by_temperature, strict=True))
+        ex.band(axis, curves, name, color, style, x=TEMPERATURES)
+    ex.tidy(axis, "accuracy by sampling temperature", "temperature", legend=True)
+
+
+def draw_seeds(axis, results) -> None:
+    names = [name for name in FIRST if name not in ("GRPO", "EM 40 updates")]
+    names.reverse()
+    for y, name in enumerate(names):
+        values = results.accuracy(name)
+        color = ORANGE if name == "EM" else GREY
+        axis.plot(values, [y] * len(values), "o", color=color, alpha=0.5)
+        axis.plot(mean(values), y, "|", color="black", markersize=16)
+    before = results["EM"][0]["summary"]["avg_at_k_before"]
+    axis.axvline(before, color=GREY, linestyle=":")
+    axis.set_yticks(range(len(names)), names)
+    ex.tidy(axis, "each seed (dotted: before)", "accuracy after")
 
 
 def main():
     args = ex.arguments(__doc__, seeds=8)
-    results = ex.runs("em", FIRST, args.seeds, args.workers)
-    results |= ex.runs("em", THEN, args.seeds, args.workers) | ex.runs("em", BASE, 1, args.workers)
-    after_ = lambda name: [r["summary"]["avg_at_k_after"] for r in results[name]]
-    names = [name for name in (*FIRST, *THEN) if name != "base"]
-    before = results["EM"][0]["summary"]["avg_at_k_before"]
-    arms = ex.table(["arm", "accuracy after", "minus EM, paired seeds", "Pass@8", "tokens"],
-                 [[name, ex.spread(after_(name)), "" if name == "EM" else ex.paired(after_(name), after_("EM")),
-                   f"{statistics.fmean(r['summary']['pass_at_after']['8'] for r in results[name]):.3f}",
-                   f"{statistics.fmean(r['summary']['length_after'] for r in results[name]):.0f}"] for name in names])
-    arms += f"\nBefore: {before:.3f}. Accuracy: Avg@8 at temperature 1 on 128 held-out problems, mean (lowest to highest seed).\n"
-
-    long = results["EM 40 updates"]
-    steps = [p["step"] for p in long[0]["probe"]]
-    seeds_at = lambda key, update: [next(p[key] for p in r["probe"] if p["step"] == update) for r in long]
-    mean = lambda key, update: statistics.fmean(seeds_at(key, update))
-    course = ex.table(["updates", "accuracy", "lowest and highest seed", "parsed", "accuracy of the parsed", "tokens",
-                       "agreement", "loss"],
-                      [[update, f"{mean('accuracy', update):.3f}",
-                        "{:.3f}, {:.3f}".format(*(f(seeds_at("accuracy", update)) for f in (min, max))),
-                        f"{mean('parsed', update):.3f}", f"{mean('accuracy_parsed', update):.3f}",
-                        f"{mean('length', update):.0f}", f"{mean('agreement', update):.3f}",
-                        f"{statistics.fmean(r['rows'][min(update, 39)]['loss'] for r in long):.4f}"]
-                       for update in (0, 2, 4, 6, 8, 10, 15, 16, 20, 25, 30, 35, 40)])
-    at = lambda rule: [near(r, "accuracy", rule(r)) for r in long]
-    peak = [max(near(r, "accuracy", step) for step in steps) for r in long]
-    rules = {"10 updates": lambda r: 10, "agreement of answers falls": first_fall,
-             **{f"entropy below {share} of its start": lambda r, s=share: floor(r, s) for share in STOPS}}
-    stops = ex.table(["rule", "updates", "accuracy where it stops", "below the seed's peak"],
-                     [["the peak itself (needs labels)", "", ex.spread(peak), ""],
-                      *([name, ex.spread([rule(r) for r in long], 0), ex.spread(at(rule)), ex.paired(peak, at(rule))]
-                        for name, rule in rules.items())])
-
-    four = ["base", "EM", "GRPO", "EM, then GRPO"]
-    heat = ex.table(["temperature of the evaluation", *four],
-                 [[T if T else "greedy", *(ex.spread([r["after"]["temperatures"][str(T)]["accuracy"] for r in results[name]])
-                                           for name in four)] for T in TEMPERATURES])
-    form = ex.table(["at temperature 1", "accuracy", "parsed", "accuracy of the parsed", "tokens"],
-                 [[name, *(f"{statistics.fmean(r['after']['temperatures']['1.0'][key] for r in results[name]):.3f}"
-                           for key in ("accuracy", "parsed", "accuracy_parsed", "length"))] for name in four])
-    of = lambda name, which, key: ex.spread([r["after"]["logits"][which][key] for r in results[name]], 2)
-    logits = ex.table(["model", "all logits: mean", "std", "skewness", "50 largest / 0.6: mean", "std", "skewness"],
-                   [[name, *(of(name, which, key) for which in ("raw", "top_k") for key in ("mean", "std", "skewness"))]
-                    for name in four])
-    skewness = lambda name, which: [r["after"]["logits"][which]["skewness"] for r in results[name]]
-    greedy = lambda name: [r["after"]["temperatures"]["0.0"]["accuracy"] for r in results[name]]
-    every = lambda values: values * args.seeds  # the one base for all seeds
-    pairs = ex.table(["difference, paired by seed", "mean and its standard error"], [
-        ["accuracy: EM minus before", ex.paired(after_("EM"), every([before]))],
-        ["EM, then GRPO minus GRPO", ex.paired(after_("EM, then GRPO"), after_("GRPO"))],
-        ["GRPO, then EM minus GRPO", ex.paired(after_("GRPO, then EM"), after_("GRPO"))],
-        ["accuracy after 15 updates minus after 40",
-         ex.paired(*([near(r, "accuracy", update) for r in long] for update in (15, 40)))],
-        ["greedy accuracy: EM minus before", ex.paired(greedy("EM"), every(greedy("base")))],
-        *([f"skewness of {what}: {name} minus before", ex.paired(skewness(name, which), every(skewness("base", which)))]
-          for name in ("EM", "GRPO") for which, what in (("raw", "all logits"), ("top_k", "the 50 largest")))])
-    ex.write("entropy_min", results, {"arms": arms, "pairs": pairs, "course": course, "stops": stops, "heat": heat,
-                                    "form": form, "logits": logits})
-
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4.4), constrained_layout=True)
-    ex.band(axes[0], [[p["accuracy"] for p in r["probe"]] for r in long], "accuracy, held-out", ORANGE, x=steps)
-    ex.band(axes[0], [[p["agreement"] for p in r["probe"]] for r in long], "agreement with the majority", GREEN, "--", x=steps)
-    entropies = [[row["entropy"] / r["rows"][0]["entropy"] for row in r["rows"]] for r in long]
-    ex.band(axes[0], entropies, "entropy / its start", GREY, ":")
-    ex.tidy(axes[0], "one problem, 40 updates, eight seeds", "updates", legend=True)
-    for name, color, style in zip(four, (GREY, ORANGE, BLUE, BLUE), ("-", "-", "-", ":")):
-        curves = [[r["after"]["temperatures"][str(T)]["accuracy"] for T in TEMPERATURES] for r in results[name]]
-        ex.band(axes[1], curves, name, color, style, x=TEMPERATURES)
-    ex.tidy(axes[1], "accuracy by sampling temperature", "temperature", legend=True)
-    order = [name for name in names if name in FIRST and name not in ("GRPO", "EM 40 updates")]
-    for y, name in enumerate(reversed(order)):
-        axes[2].plot(after_(name), [y] * args.seeds, "o", color=ORANGE if name == "EM" else GREY, alpha=0.5)
-        axes[2].plot(statistics.fmean(after_(name)), y, "|", color="black", markersize=16)
-    axes[2].axvline(before, color=GREY, linestyle=":")
-    axes[2].set_yticks(range(len(order)), list(reversed(order)))
-    ex.tidy(axes[2], "each seed (dotted: before)", "accuracy after")
-    figure.savefig(ex.ROOT / "docs" / "results" / "entropy_min.png", dpi=110)
+    seeds = args.seeds
+    results = ex.Results(ex.runs("em", FIRST, args))
+    results.update(ex.runs("em", THEN, args))
+    args.seeds, args.more = 1, ""
+    results.update(ex.runs("em", BASE, args))
+    ex.write("entropy_min", results, {
+        "arms": arms_table(results),
+        "pairs": pairs_table(results, seeds),
+        "course": course_table(results),
+        "stops": stops_table(results),
+        "heat": heat_table(results),
+        "form": form_table(results),
+        "logits": logits_table(results),
+    })
+    figure, axes = ex.plt.subplots(1, 3, figsize=(14, 4.4), constrained_layout=True)
+    draw_course(axes[0], results)
+    draw_heat(axes[1], results)
+    draw_seeds(axes[2], results)
+    ex.save(figure, "entropy_min.png")
 
 
 if __name__ == "__main__":

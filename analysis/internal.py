@@ -54,7 +54,7 @@ def layer_policy(model, layer: int):
 
 
 def stream_means(lm, x: torch.Tensor, chunk: int) -> dict[str, float]:
-    """A stream (N, D) -> means over its tokens of the three quantities, `chunk` tokens at a time."""
+    """A stream (N, D) -> means over its tokens of three quantities, `chunk` tokens at a time."""
     sums = {"entropy": 0.0, "final_norm": 0.0, "l2_norm": 0.0}
     for piece in x.split(chunk):
         sums["entropy"] += entropy(lm.lm_head(piece)).sum().item()                      # eq. 7
@@ -151,47 +151,44 @@ def boundaries(entropies: dict) -> dict[float, int | None]:
 
 def print_view(view: dict) -> None:
     """Per block: entropy of its policy, what FFN and attention change, and the control beside."""
-    print(f"block   size{'as in the paper (nats)':>34}{'with the final norm (nats)':>39}\n"
-          "         H^l" + "   entropy   FFN change   attention" * 2)
     found = {kind: boundaries(view[kind]) for kind in TITLES}
     changes = {kind: entropy_changes(view[kind]) for kind in TITLES}
-    L = len(view["l2_norm"]["layer_out"])
-    for i in range(L):
-        line = f"{i + 1:5} {view['l2_norm']['layer_out'][i]:6.4g}"
+    sizes = view["l2_norm"]["layer_out"].tolist()
+    print(" " * 16 + "as in the paper (nats)" + " " * 13 + "with the final norm (nats)")
+    print("block  size H" + "   entropy   FFN change   attention" * 2)
+    for i, size in enumerate(sizes):
+        line = f"{i + 1:5}{size:8.4g}"
         for kind in TITLES:
             line += f"{view[kind]['layer_out'][i]:10.3f}"
-            line += f"{changes[kind]['ffn'][i]:+13.3f}{changes[kind]['attn'][i]:+12.3f}"
+            line += f"{changes[kind]['ffn'][i]:+13.3f}"
+            line += f"{changes[kind]['attn'][i]:+12.3f}"
         if found["entropy"][0.05] == i + 1:
             line += "   <- boundary"
-            line += ", but that is the whole model" if i + 1 == L else ""
+            if i + 1 == len(sizes):
+                line += ", but that is the whole model"
         print(line)
     print("boundary: the end of the first run of blocks whose FFN raises entropy by more than\n"
-          "          tolerance x the largest change\n"
-          f"   {'tolerance':20}" + "".join(f"{tolerance:>6}" for tolerance in TOLERANCES))
+          "          tolerance x the largest change")
+    print(f"   {'tolerance':20}" + "".join(f"{tolerance:>6}" for tolerance in TOLERANCES))
     for kind, title in TITLES.items():
-        print(f"   {title:20}" + "".join(f"{layer or 'none':>6}" for layer in found[kind].values()))
+        layers = [layer or "none" for layer in found[kind].values()]
+        print(f"   {title:20}" + "".join(f"{layer:>6}" for layer in layers))
 
 
-def change(view: dict, kind: str, module: str) -> list[float]:
-    pairs = zip(view[kind][f"{module}_out"], view[kind][f"{module}_in"], strict=True)
-    return [after - before for after, before in pairs]
-
-
-def panels(view: dict) -> dict[str, dict[str, list[float]]]:
-    """A model's view, as lists -> figure -> title of a panel -> values by block."""
+def panels(view: dict) -> dict[str, dict[str, torch.Tensor]]:
+    """A model's view -> figure -> title of a panel -> values by block (L,)."""
     found = {"flow": {}, "changes": {}, "cosines": {}}
     for kind, title in TITLES.items():
+        changes = entropy_changes(view[kind])
         for stream, what in (("layer_out", "H"), ("attn_out", "A"), ("ffn_out", "F")):
-            found["flow"][f"entropy of ${what}^l$, nats, {title}"] = view[kind][stream]
+            found["flow"][f"entropy of {what}, nats, {title}"] = view[kind][stream]
         for module, what in (("attn", "attention"), ("ffn", "FFN")):
-            name = f"{what}: entropy out - in, nats, {title}"
-            found["changes"][name] = change(view, kind, module)
-    for module, what in (("attn", "A"), ("ffn", "F")):
-        stream = "H^{l-1}" if module == "attn" else "H^{l-1}+A^l"
-        found["cosines"][f"cos(${what}^l$, ${stream}$): does it write along?"] = view["cosine"][module]
-        sizes = zip(view["l2_norm"][f"{module}_out"], view["l2_norm"]["layer_in"], strict=True)
-        name = f"control: size of ${what}^l$ / size of $H^{{l-1}}$"
-        found["cosines"][name] = [out / into for out, into in sizes]
+            found["changes"][f"{what}: out - in, nats, {title}"] = changes[module]
+    sizes = view["l2_norm"]
+    for module, what in (("attn", "attention"), ("ffn", "FFN")):
+        found["cosines"][f"{what}: cosine with the stream"] = view["cosine"][module]
+        share = sizes[f"{module}_out"] / sizes["layer_in"]
+        found["cosines"][f"{what}: size / the stream's"] = share
     return found
 
 
@@ -203,10 +200,10 @@ def draw(views: dict[str, dict], folder: pathlib.Path) -> None:
         columns = len(titles) // 2
         figure, axes = plt.subplots(2, columns, figsize=(6 * columns, 8), constrained_layout=True)
         for axis, title in zip(axes.flat, titles, strict=True):
-            for number, name in enumerate(found):
-                values = found[name][figure_name][title]
-                axis.plot(range(1, len(values) + 1), values, marker="o", label=name,
-                          color=f"C{number % 10}", linestyle=DASHES[number % 4])
+            for number, (name, figures) in enumerate(found.items()):
+                values = figures[figure_name][title].tolist()
+                look = {"color": f"C{number % 10}", "linestyle": DASHES[number % 4]}
+                axis.plot(range(1, len(values) + 1), values, marker="o", label=name, **look)
             axis.set_title(title, fontsize=13)
             axis.set_xlabel("block", fontsize=12)
             axis.locator_params(axis="x", integer=True)
@@ -248,7 +245,7 @@ def several_models(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def look_at(name: str, model, tokenizer, prompts: list[list[int]], args) -> dict:
-    """Samples, reads the blocks, prints -> the view as lists, what entropies.json keeps."""
+    """Samples, reads the blocks, prints -> the view, with counts."""
     print(f"\n{name}: first prompt {tokenizer.decode(prompts[0])!r}")
     if args.sample_layer:
         part = layer_policy(model, args.sample_layer)
@@ -267,9 +264,14 @@ def look_at(name: str, model, tokenizer, prompts: list[list[int]], args) -> dict
           f"ln V {math.log(V):.3f} nats")
     view = rollout_view(model, rollout, args.micro_batch_tokens, args.tokens, args.seed)
     print_view(view)
-    found = {"answers": len(prompts), "tokens": pooled, "vocabulary": V}
-    for quantity, streams in view.items():
-        found[quantity] = {stream: values.tolist() for stream, values in streams.items()}
+    return {"answers": len(prompts), "tokens": pooled, "vocabulary": V, **view}
+
+
+def as_lists(view: dict) -> dict:
+    """A view as JSON keeps it, with the boundaries."""
+    found = dict(view)
+    for quantity in ("entropy", "final_norm", "l2_norm", "cosine"):
+        found[quantity] = {stream: values.tolist() for stream, values in view[quantity].items()}
     found["boundary"] = {kind: boundaries(view[kind]) for kind in TITLES}
     return found
 
@@ -300,7 +302,8 @@ def main(argv=None):
     views = {name: look_at(name, *parts, args) for name, parts in ready.items()}
     if rank() > 0:
         return
-    saved = {"flags": {**vars(args), "model": names}, "models": views}
+    flags = {**vars(args), "model": names}
+    saved = {"flags": flags, "models": {name: as_lists(view) for name, view in views.items()}}
     (folder / "entropies.json").write_text(json.dumps(saved, indent=1))
     draw(views, folder)
     print(f"\nwritten: {folder}/entropies.json, flow.png, changes.png, cosines.png")

@@ -1,134 +1,273 @@
-"""Demystifying Long CoT's claims on the embedded model -> docs/results/long_cot.{json,md} and its figures.
+"""Demystifying Long CoT's claims on the embedded model -> results/long_cot.{json,md} and figures.
 
-    python docs/long_cot_results.py        # 9 fine-tunings and 26 RL runs, five seeds: 80 minutes on two cores
+    python -m analysis.long_cot_results     # 8 fine-tunings and 23 RL runs, five seeds: 70 minutes
 
-Chains are distilled (long, short, N answers a problem), constructed, or kept without verification; then PPO goes on from them.
-The limit of 112 tokens for RL is twice the mean length of a long chain: it can be hit.
+Chains are sampled from a teacher (long, short, N answers per problem), or kept without
+verification under noisy labels; then PPO goes on from them. The limit of 112 tokens for RL is twice
+the mean length of a long chain: it can be hit. Accuracy: 8 answers to each of 1,024 problems.
 """
-import statistics
+import json
+import random
 
-import experiment as ex
-import matplotlib.pyplot as plt
-from experiment import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION
+from analysis import experiment as ex
+from analysis.experiment import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, Arm, mean
+from common.data import load_problems
 
-EVAL = "--eval-problems 128 --eval-k 8"
-SFT = f"{EVAL} --max-new-tokens 160 --teacher-problems 192"
-RL = f"{EVAL} --steps 24 --group-size 8 --max-new-tokens 112"
-MODEL = "--model {{runs}}/{}-{{seed}}/model"
-NS, GAMMAS = (1, 4, 16), (1.0, 0.999, 0.99)
-TUNED = {f"{style} N={n}": ("long_cot_sft.py", f"{SFT} --teacher-style {style} --samples {n}")
-         for style in ("long", "short") for n in NS} | {
-    "constructed": ("long_cot_sft.py", f"{SFT} --source construct --samples 16"),
-    "silver": ("long_cot_sft.py", f"{SFT} --samples 2 --keep all --label-noise 0.3"),
-    "silver filtered": ("long_cot_sft.py", f"{SFT} --samples 2 --keep all --label-noise 0.3 --filter agree"),
+EVAL = "--eval-problems 1024"
+PROBLEMS = 192
+SFT = f"{EVAL} --max-new-tokens 160 --teacher-problems {PROBLEMS}"
+NS = (1, 4, 16)
+GAMMAS = (1.0, 0.999, 0.99)
+LABELS = ex.ROOT / "runs" / "analysis" / "long_cot"
+NOISY = f"--data {LABELS}/noisy-{{seed}}.jsonl --eval-data arithmetic"
+AGREEING = f"--data {LABELS}/agreeing-{{seed}}.jsonl --eval-data arithmetic"
+
+
+def noisy_labels(seed: int, share: float = 0.3) -> list[dict]:
+    """Problems whose answer is off by 1, 2 or 10 in about a share of them, by seed and problem."""
+    rows = load_problems("arithmetic", seed=seed, count=PROBLEMS)
+    for row in rows:
+        rng = random.Random(f"label {seed} {row['problem']}")
+        if rng.random() < share:
+            wrong = int(row["answer"]) + rng.choice((-10, -2, -1, 1, 2, 10))
+            row["answer"] = str(wrong)
+    return rows
+
+
+def write_rows(name: str, rows: list[dict]) -> None:
+    LABELS.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(row) + "\n" for row in rows]
+    (LABELS / f"{name}.jsonl").write_text("".join(lines))
+
+
+def agreeing_labels(seed: int) -> list[dict]:
+    """Rows of the silver run whose label is one of the teacher's two answers: the paper's filter.
+    They hold the answers that were kept, too, for --traces."""
+    rows = ex.read_lines(LABELS / f"silver-{seed}" / "traces.jsonl")
+    return [row for row in rows if row["right"] > 0]
+
+
+def sft(flags: str) -> Arm:
+    return Arm("long_cot_sft.py", f"{SFT} {flags}")
+
+
+def rl(flags: str, color=GREY, start: str | None = None, limit: int = 112) -> Arm:
+    common = f"{EVAL} --steps 24 --group-size 8 --max-new-tokens {limit}"
+    if start:
+        common += f" --model {{runs}}/{start}-{{seed}}/model"
+    return Arm("ppo.py", f"{common} {flags}", color)
+
+
+TUNED = {}
+for style in ("long", "short"):
+    for n in NS:
+        TUNED[f"{style} N={n}"] = sft(f"--teacher-style {style} --samples {n}")
+TUNED["silver"] = sft(f"--samples 2 --keep all {NOISY}")
+FILTERED = {"silver filtered": sft(f"--traces {LABELS}/agreeing-{{seed}}.jsonl {AGREEING}")}
+CLASSIC = "--length-reward none --penalty 0"
+MAIN = {
+    "base, cosine": rl(""),
+    "base, critic in the policy's trunk": rl("--critic shared", GREEN),
+    "base, cosine, limit 56": rl("", limit=56),
+    "base, classic, limit 56": rl(CLASSIC, VERMILION, limit=56),
+    "base, reward A": rl("--length-reward A", VERMILION),
+    "base, reward B": rl("--length-reward B", GREEN),
+    "base, reward C": rl("--length-reward C", PURPLE),
+    "short, cosine": rl("", SKY, "short_N=4"),
+    "long, cosine": rl("", BLUE, "long_N=4"),
+    "long, classic": rl(CLASSIC, VERMILION, "long_N=4"),
+    "long, no penalty": rl("--penalty 0", ORANGE, "long_N=4"),
+    "long, reward A": rl("--length-reward A", VERMILION, "long_N=4"),
+    "long, reward B": rl("--length-reward B", GREEN, "long_N=4"),
+    "long, reward C": rl("--length-reward C", PURPLE, "long_N=4"),
+    "silver, all labels": rl(NOISY, GREY, "silver"),
+    "silver, filtered labels": rl(AGREEING, GREEN, "silver_filtered"),
 }
-LONG, SHORT = MODEL.format("long_N=4"), MODEL.format("short_N=4")
-REINFORCED = {
-    "base, cosine": ("ppo.py", RL, GREY),
-    "base, critic in the policy's trunk": ("ppo.py", f"{RL} --critic shared --value-coef 1", GREEN),
-    "the same, value loss x 0.01": ("ppo.py", f"{RL} --critic shared --value-coef 0.01", GREEN),
-    "base, cosine, limit 56": ("ppo.py", f"{RL} --max-new-tokens 56", GREY),
-    "base, classic, limit 56": ("ppo.py", f"{RL} --max-new-tokens 56 --reward classic --penalty 0", VERMILION),
-    "base, reward A": ("ppo.py", f"{RL} --reward A", VERMILION),
-    "base, reward B": ("ppo.py", f"{RL} --reward B", GREEN),
-    "base, reward C": ("ppo.py", f"{RL} --reward C", PURPLE),
-    "short, cosine": ("ppo.py", f"{RL} {SHORT}", SKY),
-    "long, cosine": ("ppo.py", f"{RL} {LONG}", BLUE),
-    "constructed, cosine": ("ppo.py", f"{RL} {MODEL.format('constructed')}", PURPLE),
-    "long, classic": ("ppo.py", f"{RL} {LONG} --reward classic --penalty 0", VERMILION),
-    "long, no penalty": ("ppo.py", f"{RL} {LONG} --penalty 0", ORANGE),
-    "long, reward A": ("ppo.py", f"{RL} {LONG} --reward A", VERMILION),
-    "long, reward B": ("ppo.py", f"{RL} {LONG} --reward B", GREEN),
-    "long, reward C": ("ppo.py", f"{RL} {LONG} --reward C", PURPLE),
-    "silver, all labels": ("ppo.py", f"{RL} {MODEL.format('silver')} --data {{runs}}/silver-{{seed}}/problems.jsonl "
-                                     "--eval-data arithmetic", GREY),
-    "silver, filtered labels": ("ppo.py", f"{RL} {MODEL.format('silver_filtered')} --data "
-                                          "{runs}/silver_filtered-{seed}/problems.jsonl --eval-data arithmetic", GREEN),
-} | {f"discounts {c}, {p}": ("ppo.py", f"{RL} {LONG} --gamma {c} --penalty-gamma {p}", BLUE)
-     for c in GAMMAS for p in GAMMAS if (c, p) != (1.0, 0.99)}
 
 
-def main():
-    args = ex.arguments(__doc__, seeds=5)
-    results = ex.runs("long_cot", TUNED, args.seeds, args.workers)
-    results |= ex.runs("long_cot", REINFORCED, args.seeds, args.workers)
-    of = lambda name, key: [r["summary"][key] for r in results[name]]
-    mean = lambda name, key: statistics.fmean(of(name, key))
-    last = lambda name, key: [statistics.fmean(row.get(key, 0.0) for row in r["rows"][-4:]) for r in results[name]]
-    worst = lambda name, key: max(row.get(key, 0.0) for r in results[name] for row in r["rows"])
-    wait = lambda name, when: statistics.fmean(x["wait"] for x in of(name, f"reflection_{when}"))
+def discount_arm(gamma: float, penalty: float) -> str:
+    """The name of the arm with these two discounts; (1, 0.99) is the default."""
+    if (gamma, penalty) == (1.0, 0.99):
+        return "long, cosine"
+    return f"discounts {gamma}, {penalty}"
 
-    tuned = ex.table(["chains", "traces", "tokens trained", "accuracy", "tokens per answer", "'wait' before", "after"],
-                  [[name, f"{statistics.fmean(s['traces'] for s in of(name, 'traces')):.0f}",
-                    f"{statistics.fmean(r['rows'][-1]['tokens_seen'] for r in results[name]):.0f}",
-                    ex.spread(of(name, "avg_at_k_after")), f"{mean(name, 'length_after'):.0f}", f"{wait(name, 'before'):.1%}",
-                    f"{wait(name, 'after'):.1%}"] for name in TUNED])
-    gain = lambda name: [a - b for a, b in zip(of(name, "avg_at_k_after"), of(name, "avg_at_k_before"))]
-    value = lambda name: [statistics.fmean(row["explained_variance"] for row in r["rows"]) for r in results[name]]
-    heads = ["start, reward", "accuracy before", "after", "gain", "tokens before", "after", "too long, last 4 steps",
-             "worst step", "repeated, last 4 steps", "'wait' before", "after", "variance that the critic explains"]
-    reinforced = ex.table(heads, [[
-        name, f"{mean(name, 'avg_at_k_before'):.3f}", ex.spread(of(name, "avg_at_k_after")), ex.spread(gain(name)),
-        f"{mean(name, 'length_before'):.0f}", f"{mean(name, 'length_after'):.0f}",
-        f"{statistics.fmean(last(name, 'exceeded')):.1%}", f"{worst(name, 'exceeded'):.0%}",
-        f"{statistics.fmean(last(name, 'repeated')):.2%}", f"{wait(name, 'before'):.1%}", f"{wait(name, 'after'):.1%}",
-        f"{statistics.fmean(value(name)):.3f}"]
-        for name in REINFORCED if not name.startswith("discounts")])
-    arm = lambda c, p: "long, cosine" if (c, p) == (1.0, 0.99) else f"discounts {c}, {p}"
-    discounts = ex.table(["discount of the answer's reward", *(f"penalty {p}" for p in GAMMAS)],
-                      [[c, *(f"{ex.spread(of(arm(c, p), 'avg_at_k_after'))}, {mean(arm(c, p), 'length_after'):.0f} tokens"
-                             for p in GAMMAS)] for c in GAMMAS])
-    discounts += "\nAccuracy by (discount, penalty's). " + ex.apart(
-        {f"({c}, {p})": of(arm(c, p), "avg_at_k_after") for c in GAMMAS for p in GAMMAS})
-    accuracy, tokens = (lambda name: of(name, "avg_at_k_after")), (lambda name: of(name, "length_after"))
-    repeated, too_long = (lambda name: last(name, "repeated")), (lambda name: last(name, "exceeded"))
-    differences = [
+
+REINFORCED = dict(MAIN)
+for gamma in GAMMAS:
+    for penalty in GAMMAS:
+        discounts = f"--gamma {gamma} --penalty-gamma {penalty}"
+        name = discount_arm(gamma, penalty)
+        if name not in REINFORCED:
+            REINFORCED[name] = rl(discounts, BLUE, "long_N=4")
+
+
+def tokens_trained(results, name: str) -> float:
+    return mean([result["rows"][-1]["tokens_seen"] for result in results[name]])
+
+
+def waits(results, name: str, when: str) -> str:
+    """The share of answers that hold the word "wait"."""
+    return f"{mean(results.summary(name, f'wait_{when}')):.1%}"
+
+
+def gain(results, name: str) -> list[float]:
+    after = results.accuracy(name)
+    return ex.differences(after, results.summary(name, "avg_at_k_before"))
+
+
+def tuned_table(results) -> str:
+    heads = ["chains", "traces", "tokens trained", "accuracy", "tokens per answer",
+             "'wait' before", "after"]
+    rows = []
+    for name in (*TUNED, *FILTERED):
+        traces = [about["traces"] for about in results.summary(name, "traces")]
+        rows.append([
+            name,
+            f"{mean(traces):.0f}",
+            f"{tokens_trained(results, name):.0f}",
+            ex.spread(results.accuracy(name)),
+            f"{mean(results.summary(name, 'length_after')):.0f}",
+            waits(results, name, "before"),
+            waits(results, name, "after"),
+        ])
+    return ex.table(heads, rows)
+
+
+def reinforced_table(results) -> str:
+    heads = ["start, reward", "accuracy before", "after", "gain", "tokens before", "after",
+             "too long, last 4 steps", "worst step", "repeated, last 4 steps", "'wait' before",
+             "after", "variance that the critic explains"]
+    rows = []
+    for name in MAIN:
+        exceeded = [row["exceeded"] for result in results[name] for row in result["rows"]]
+        rows.append([
+            name,
+            f"{mean(results.summary(name, 'avg_at_k_before')):.3f}",
+            ex.spread(results.accuracy(name)),
+            ex.spread(gain(results, name)),
+            f"{mean(results.summary(name, 'length_before')):.0f}",
+            f"{mean(results.summary(name, 'length_after')):.0f}",
+            f"{mean(results.metric(name, 'exceeded', last=4)):.1%}",
+            f"{max(exceeded):.0%}",
+            f"{mean(results.metric(name, 'repeated', last=4)):.2%}",
+            waits(results, name, "before"),
+            waits(results, name, "after"),
+            f"{mean(results.metric(name, 'explained_variance')):.3f}",
+        ])
+    return ex.table(heads, rows)
+
+
+def discounts_table(results) -> str:
+    rows = []
+    accuracies = {}
+    for gamma in GAMMAS:
+        row = [gamma]
+        for penalty in GAMMAS:
+            name = discount_arm(gamma, penalty)
+            accuracies[f"({gamma}, {penalty})"] = results.accuracy(name)
+            tokens = mean(results.summary(name, "length_after"))
+            row.append(f"{ex.spread(results.accuracy(name))}, {tokens:.0f} tokens")
+        rows.append(row)
+    heads = ["discount of the answer's reward", *(f"penalty {penalty}" for penalty in GAMMAS)]
+    line = "\nAccuracy by (discount, penalty's). "
+    return ex.table(heads, rows) + line + ex.apart(accuracies)
+
+
+def compare_table(results) -> str:
+    def accuracy(name):
+        return results.accuracy(name)
+
+    def tokens(name):
+        return results.summary(name, "length_after")
+
+    def gained(name):
+        return gain(results, name)
+
+    def too_long(name):
+        return results.metric(name, "exceeded", last=4)
+
+    def repeated(name):
+        return results.metric(name, "repeated", last=4)
+
+    cosine, classic = "base, cosine, limit 56", "base, classic, limit 56"
+    wanted = [
         ("accuracy after fine-tuning: long N=16 minus long N=1", accuracy, "long N=16", "long N=1"),
         ("the same, short chains", accuracy, "short N=16", "short N=1"),
-        ("accuracy after fine-tuning: long N=16 minus short N=1", accuracy, "long N=16", "short N=1"),
-        ("RL's gain in accuracy: long minus short start", gain, "long, cosine", "short, cosine"),
+        ("accuracy after fine-tuning: long N=16 minus short N=1", accuracy, "long N=16",
+         "short N=1"),
+        ("RL's gain in accuracy: long minus short start", gained, "long, cosine", "short, cosine"),
         ("accuracy after RL: long minus short start", accuracy, "long, cosine", "short, cosine"),
         ("accuracy: cosine minus classic, long start", accuracy, "long, cosine", "long, classic"),
-        ("accuracy: cosine minus classic, base, limit 56", accuracy, "base, cosine, limit 56", "base, classic, limit 56"),
-        ("share too long: the same", too_long, "base, cosine, limit 56", "base, classic, limit 56"),
-        ("tokens: the same", tokens, "base, cosine, limit 56", "base, classic, limit 56"),
+        ("accuracy: cosine minus classic, base, limit 56", accuracy, cosine, classic),
+        ("share too long: the same", too_long, cosine, classic),
+        ("tokens: the same", tokens, cosine, classic),
         ("tokens: reward A minus B, long start", tokens, "long, reward A", "long, reward B"),
         ("tokens: reward B minus C, long start", tokens, "long, reward B", "long, reward C"),
         ("tokens: reward A minus B, base", tokens, "base, reward A", "base, reward B"),
         ("tokens: reward B minus C, base", tokens, "base, reward B", "base, reward C"),
-        ("share repeated: with penalty minus without", repeated, "long, cosine", "long, no penalty"),
+        ("share repeated: with penalty minus without", repeated, "long, cosine",
+         "long, no penalty"),
         ("accuracy: with penalty minus without", accuracy, "long, cosine", "long, no penalty"),
-        ("accuracy after RL: distilled minus constructed", accuracy, "long, cosine", "constructed, cosine"),
-        ("accuracy after RL: silver labels filtered minus all", accuracy, "silver, filtered labels", "silver, all labels")]
-    compare = ex.table(["difference, paired by seed", "mean ± standard error"],
-                       [[what, ex.paired(measure(a), measure(b))] for what, measure, a, b in differences])
-    ex.write("long_cot", results, {"tuned": tuned, "reinforced": reinforced, "discounts": discounts, "compare": compare})
+        ("accuracy after RL: silver labels filtered minus all", accuracy,
+         "silver, filtered labels", "silver, all labels"),
+    ]
+    rows = [[what, ex.paired(read(a), read(b))] for what, read, a, b in wanted]
+    return ex.table(["difference, paired by seed", "mean ± standard error"], rows)
 
-    out = ex.ROOT / "docs" / "results"
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4.4), constrained_layout=True)
+
+def draw_main(results) -> None:
+    figure, axes = ex.plt.subplots(1, 3, figsize=(14, 4.4), constrained_layout=True)
     for style, color in (("long", BLUE), ("short", SKY)):
         names = [f"{style} N={n}" for n in NS]
-        x = [statistics.fmean(r["rows"][-1]["tokens_seen"] for r in results[name]) for name in names]
-        ex.band(axes[0], list(zip(*[of(name, "avg_at_k_after") for name in names])), f"{style} chains", color, "-o", x=x)
+        x = [tokens_trained(results, name) for name in names]
+        by_n = [results.accuracy(name) for name in names]
+        curves = list(zip(*by_n, strict=True))
+        ex.band(axes[0], curves, f"{style} chains", color, "-o", x)
     axes[0].set_xscale("log")
-    ex.tidy(axes[0], "accuracy after fine-tuning, N = 1, 4, 16", "tokens trained on", legend=True)
-    for axis, key, title in zip(axes[1:], ("reward", "length"), ("share of answers right", "tokens per answer (limit 112)")):
-        for name in ("base, cosine", "short, cosine", "long, cosine", "constructed, cosine", "long, classic"):
-            ex.band(axis, [ex.smooth(r["rows"], key) for r in results[name]], name, REINFORCED[name][2])
+    title = "accuracy after fine-tuning, N = 1, 4, 16"
+    ex.tidy(axes[0], title, "tokens trained on", legend=True)
+    titles = {"reward": "share of answers right", "length": "tokens per answer (limit 112)"}
+    names = ("base, cosine", "short, cosine", "long, cosine", "long, classic")
+    for axis, (key, title) in zip(axes[1:], titles.items(), strict=True):
+        for name in names:
+            ex.band(axis, results.curves(name, key), name, REINFORCED[name].color)
         ex.tidy(axis, title)
-    figure.legend(*axes[2].get_legend_handles_labels(), loc="outside lower right", ncols=5, fontsize=9)
-    figure.savefig(out / "long_cot.png", dpi=110)
+    handles, labels = axes[2].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower right", ncols=4, fontsize=9)
+    ex.save(figure, "long_cot.png")
 
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4.4), constrained_layout=True)
-    rewards = {"cosine": BLUE, "reward A": VERMILION, "reward B": GREEN, "reward C": PURPLE}
-    for axis, start in zip(axes, ("base", "long")):
-        for reward, color in rewards.items():
-            ex.band(axis, [ex.smooth(r["rows"], "length") for r in results[f"{start}, {reward}"]], reward, color)
-        ex.tidy(axis, f"tokens per answer, from {'the base model' if start == 'base' else 'long chains'}", legend=start == "base")
+
+def draw_rewards(results) -> None:
+    figure, axes = ex.plt.subplots(1, 3, figsize=(14, 4.4), constrained_layout=True)
+    colours = {"cosine": BLUE, "reward A": VERMILION, "reward B": GREEN, "reward C": PURPLE}
+    starts = {"base": "the base model", "long": "long chains"}
+    for axis, (start, words) in zip(axes, starts.items(), strict=False):
+        for reward, color in colours.items():
+            ex.band(axis, results.curves(f"{start}, {reward}", "length"), reward, color)
+        ex.tidy(axis, f"tokens per answer, from {words}", legend=start == "base")
     for name, color, style in (("long, cosine", BLUE, "-"), ("long, no penalty", ORANGE, "--")):
-        ex.band(axes[2], [ex.smooth(r["rows"], "repeated") for r in results[name]], name, color, style)
+        ex.band(axes[2], results.curves(name, "repeated"), name, color, style)
     ex.tidy(axes[2], "share of tokens in a repeated 12-gram", legend=True)
-    figure.savefig(out / "long_cot_rewards.png", dpi=110)
+    ex.save(figure, "long_cot_rewards.png")
+
+
+def main():
+    args = ex.arguments(__doc__, seeds=5)
+    for seed in range(args.seeds):
+        write_rows(f"noisy-{seed}", noisy_labels(seed))
+    results = ex.Results(ex.runs("long_cot", TUNED, args))
+    for seed in range(args.seeds):
+        write_rows(f"agreeing-{seed}", agreeing_labels(seed))
+    results.update(ex.runs("long_cot", FILTERED, args))
+    results.update(ex.runs("long_cot", REINFORCED, args))
+    ex.write("long_cot", results, {
+        "tuned": tuned_table(results),
+        "reinforced": reinforced_table(results),
+        "discounts": discounts_table(results),
+        "compare": compare_table(results),
+    })
+    draw_main(results)
+    draw_rewards(results)
 
 
 if __name__ == "__main__":

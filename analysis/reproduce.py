@@ -1,25 +1,25 @@
-"""Remakes every table, figure and JSON under docs/results in three and a half hours on two cores. A stopped one goes on.
+"""Makes every table, figure and JSON of the experiments again, three and a half hours on two cores.
 
-    python docs/reproduce.py                    # or one of them: python docs/kl3_results.py
-    rm -r runs/docs                             # to begin from nothing
+    python -m analysis.reproduce        # or one of them: python -m analysis.kl3_results
+    rm -r runs/analysis                 # to begin from nothing; else a stopped one goes on
 
-Seconds and memory (docs/results/performance.md) are measured by tests/benchmarks, one command a table.
+Seconds and memory (results/performance.md) are measured by tests/benchmarks, a command per table.
 """
-import pathlib
 import subprocess
 import sys
 
-HOURS = {"bupo": 0.7, "main": 0.7, "em": 0.4, "kl3": 0.3, "long_cot": 1.3}  # two cores, two runs at a time; main reads bupo's
+HOURS = {"bupo": 0.7, "main": 0.7, "em": 0.4, "kl3": 0.3, "long_cot": 1.3}  # main reads bupo's
 
 
 def main():
-    for i, (name, hours) in enumerate(HOURS.items()):
-        left = sum(list(HOURS.values())[i:])
-        print(f"[{i + 1}/{len(HOURS)}] docs/{name}_results.py, about {hours} h; {left:.1f} h in all", flush=True)
-        script = pathlib.Path(__file__).parent / f"{name}_results.py"
-        done = subprocess.run([sys.executable, str(script), *sys.argv[1:]])
+    left = sum(HOURS.values())
+    for name, hours in HOURS.items():
+        print(f"analysis.{name}_results, about {hours} h; {left:.1f} h in all", flush=True)
+        command = [sys.executable, "-m", f"analysis.{name}_results", *sys.argv[1:]]
+        done = subprocess.run(command)
         if done.returncode:
             raise SystemExit(done.returncode)
+        left -= hours
 
 
 if __name__ == "__main__":
