@@ -157,6 +157,7 @@ def write_sampled(path: pathlib.Path, place: int, rows: list[dict]) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab") as file:
         file.truncate(place)
+        file.seek(place)
         file.write("".join(lines).encode())
         return file.tell()
 
@@ -227,7 +228,7 @@ def sample_traces(run) -> list[tuple]:
             place = write_sampled(path, place, answered)
         rows += answered
         ended = sum(row["ended"] for row in rows)
-        bar.set_description(f"{ended} answers ended, {len(rows)} of {len(problems)} problems")
+        bar.set_description_str(f"{ended} answers ended, {len(rows)} of {len(problems)} problems")
     bar.close()
 
     # Count.

@@ -1,57 +1,102 @@
-"""Long chain-of-thought SFT by hand: loss, mask, schedule, traces that survive a kill, constructed chains, noisy labels, benchmarks."""
-import argparse
+"""Long chain-of-thought SFT: loss, schedule, stop token, traces that survive a kill, the script."""
 import json
 import math
 import os
 import random
-import re
-import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import byte_level_tokenizer, random_model
 from datasets import Dataset
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import long_cot_sft
-from common import traces as traces_module
-from common.arithmetic import arithmetic_problems
 from common.data import load_problems
-from common.errors import BadInput
-from common.evaluate import evaluate
+from common.flags import BadInput
 from common.logprobs import micro_batches, response_logprobs
-from common.models import load_model, load_tokenizer
+from common.models import load_tokenizer
 from common.sampling import join
-from common.traces import as_rollout, collect, encode_traces, histogram, judge, load_traces, noisy_labels, read_sampled
-from common.verify import reward
-from long_cot_sft import ACTIONS, construct_chain, lr_at, reflection_rates, scripted_actor, sft_loss
+from long_cot_sft import (
+    as_rollout,
+    encode_traces,
+    histogram,
+    load_traces,
+    lr_at,
+    read_sampled,
+    reflection_rates,
+    reward,
+    sft_loss,
+    use_stop_token,
+    write_sampled,
+)
 
-SMALL = ("--teacher-problems 6 --samples 4 --teacher-max-new-tokens 90 --batch-size 4 --epochs 1 --max-new-tokens 40 --eval-problems 2 "
-         "--eval-k 2").split()
+SMALL = ("--teacher-problems 6 --samples 4 --teacher-max-new-tokens 90 --batch-size 4 --epochs 1 "
+         "--max-new-tokens 40 --eval-problems 2").split()
 
 
 def main(*flags, output):
     long_cot_sft.main([*SMALL, "--output", str(output), *map(str, flags)])
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return lines_of(output / "metrics.jsonl")
 
 
-# ------------------------------------------------------------------------------------------------------------------ loss
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# the maths
+
 def test_sft_loss_by_hand():
-    """p = (1/2, 1/4, 1/4) everywhere, labels 0, 1, none: (ln 2 + ln 4) / 2; the gradient of a token is (p - onehot) / 2, elsewhere 0."""
+    """p = (1/2, 1/4, 1/4) everywhere, labels 0, 1, none: (ln 2 + ln 4) / 2. The gradient of a
+    token is (p - onehot) / 2, elsewhere 0. One label in bfloat16: ln(1 + e^5) = 5.00672, not 5."""
     logits = torch.tensor([[0.5, 0.25, 0.25]]).log().repeat(1, 3, 1).requires_grad_()
     loss = sft_loss(logits, torch.tensor([[0, 1, -100]]))
     assert loss.item() == pytest.approx(1.5 * math.log(2))
     loss.backward()
-    assert torch.allclose(logits.grad, torch.tensor([[[-0.25, 0.125, 0.125], [0.25, -0.375, 0.125], [0.0, 0.0, 0.0]]]))
+    wanted = torch.tensor([[[-0.25, 0.125, 0.125], [0.25, -0.375, 0.125], [0.0, 0.0, 0.0]]])
+    assert torch.allclose(logits.grad, wanted)
     assert sft_loss(torch.zeros(1, 2, 3), torch.full((1, 2), -100)).item() == 0
-    low = sft_loss(torch.tensor([[[0.0, 5.0]]]).bfloat16(), torch.tensor([[0]]))  # one label, ln(1 + e^5) = 5.00672, not bfloat16's 5
-    assert low.dtype == torch.float32 and low.item() == pytest.approx(math.log(1 + math.exp(5)), abs=1e-5)
+    low = sft_loss(torch.tensor([[[0.0, 5.0]]]).bfloat16(), torch.tensor([[0]]))
+    assert low.dtype == torch.float32
+    assert low.item() == pytest.approx(math.log(1 + math.exp(5)), abs=1e-5)
+
+
+def test_schedule_by_hand():
+    """100 updates to a peak of 1: 1/3, 2/3, 1, then from 1 to 0.1 by half a cosine, whose middle
+    is 0.55; of 4 updates with half of them warm-up, the last is in the middle of 1 and 0.2."""
+    assert [lr_at(step, 100, 1.0) for step in range(4)] == pytest.approx([1 / 3, 2 / 3, 1, 1])
+    assert lr_at(3 + 97 // 2, 100, 1.0) == pytest.approx(0.55, abs=0.01)
+    assert lr_at(99, 100, 1.0) == pytest.approx(0.1, abs=1e-3)
+    assert lr_at(0, 1, 2.0) == 2.0
+    assert lr_at(2, 4, 1.0, warmup=0.5, floor=0.2) == 1.0
+    assert lr_at(3, 4, 1.0, warmup=0.5, floor=0.2) == pytest.approx(0.6)
+    assert lr_at(1, 2, 1.0, warmup=1.0) == 1.0
+
+
+def test_reflection_rates_by_hand():
+    """Whole words in any case, each text once."""
+    texts = ["Wait, no. However, so.", "The waiter waited.", "wait wait", "RECHECK: retry"]
+    assert reflection_rates(texts) == {"wait": 0.5, "recheck": 0.25, "alternatively": 0.0,
+                                       "retry": 0.25, "however": 0.25}
+    assert all(math.isnan(rate) for rate in reflection_rates([]).values())
+
+
+def test_histogram_by_hand():
+    """10 to 19 in two bins of five; one length alone fills the first bin."""
+    assert histogram([10, 10, 12, 19], bins=2) == {"10-14": 3, "15-19": 1}
+    assert list(histogram([3]).values()) == [1] + [0] * 7
+    lengths = [random.Random(0).randrange(5, 500) for _ in range(50)]
+    assert sum(histogram(lengths).values()) == 50
 
 
 def encoded(n=7, seed=0):
     rng = random.Random(seed)
-    return [{"prompt": [rng.randrange(2, 97) for _ in range(rng.randrange(1, 9))],
-             "response": [rng.randrange(2, 97) for _ in range(rng.randrange(1, 30))] + [1]} for _ in range(n)]
+
+    def ids(low, high):
+        return [rng.randrange(2, 97) for _ in range(rng.randrange(low, high))]
+
+    return [{"prompt": ids(1, 9), "response": [*ids(1, 30), 1]} for _ in range(n)]
 
 
 def labels_of(rollout):
@@ -61,362 +106,437 @@ def labels_of(rollout):
 
 
 def test_mask_leaves_the_prompt_out_and_the_stop_token_in():
-    """Prompt 5 6 7, response 8 9 and the stop token 1: positions 2, 3, 4 predict 8, 9, 1."""
-    ids, labels = labels_of(as_rollout([{"prompt": [5, 6, 7], "response": [8, 9, 1]}, {"prompt": [5], "response": [1]}], "cpu"))
-    assert ids.tolist() == [[5, 6, 7, 8, 9, 1], [5, 1, 0, 0, 0, 0]]
-    assert labels.tolist() == [[-100, -100, 8, 9, 1, -100], [1, -100, -100, -100, -100, -100]]
+    """Prompt 5 6 7, response 8 9 and the stop token 1: positions 2, 3, 4 predict 8, 9, 1. A row
+    that fills a rank up has no label."""
+    rows = [{"prompt": [5, 6, 7], "response": [8, 9, 1]}, {"prompt": [5], "response": [1]},
+            {"prompt": [5, 6], "response": []}]
+    rollout = as_rollout(rows, "cpu")
+    ids, labels = labels_of(rollout)
+    assert ids.tolist() == [[5, 6, 7, 8, 9, 1], [5, 1, 0, 0, 0, 0], [5, 6, 0, 0, 0, 0]]
+    none = [-100] * 6
+    assert labels.tolist() == [[-100, -100, 8, 9, 1, -100], [1, *none[1:]], none]
+    assert rollout.mask.tolist() == [[1, 1, 1], [1, 0, 0], [0, 0, 0]]
 
 
-def test_chunked_path_is_sft_loss_however_it_is_split():
-    """Micro-batches of 30, 60 or all tokens: value and gradients of sft_loss on full logits; one trace at a time without padding too."""
-    model, rollout = random_model("qwen3"), as_rollout(encoded(), "cpu")
+@pytest.mark.parametrize("budget", [1, 30, 60, 10_000])
+def test_micro_batches_make_sft_loss(budget):
+    """Value and gradients of sft_loss on full logits, whether one trace runs at a time or all; a
+    trace without a label changes nothing."""
+    model = random_model("qwen3")
+    rollout = as_rollout([*encoded(), {"prompt": [5, 6], "response": []}], "cpu")
     ids, labels = labels_of(rollout)
     wanted = sft_loss(model(input_ids=ids).logits, labels)
     wanted.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
-    for budget in (1, 30, 60, 10_000):
-        model.zero_grad()
-        total = 0.0
-        for m in micro_batches(torch.arange(7), rollout, budget):
-            logp, _ = response_logprobs(model, rollout[m])
-            loss = -logp.sum() / rollout.lengths.sum()
-            loss.backward()
-            total += loss.item()
-        assert total == pytest.approx(wanted.item(), abs=1e-5)
-        for name, p in model.named_parameters():
-            assert torch.allclose(p.grad, gradients[name], atol=1e-5), (budget, name)
+    model.zero_grad()
+    loss = 0.0
+    for part in micro_batches(rollout, torch.arange(8), budget):
+        of_part = -response_logprobs(model, rollout[part]).sum() / rollout.lengths.sum()
+        of_part.backward()
+        loss += of_part.item()
+    assert loss == pytest.approx(wanted.item(), abs=1e-5)
+    for name, p in model.named_parameters():
+        assert torch.allclose(p.grad, gradients[name], atol=1e-5), name
 
 
-def test_schedule_by_hand():
-    """100 updates to a peak of 1: 1/3, 2/3, 1, then from 1 to 0.1 by half a cosine; its middle is 0.55."""
-    assert [lr_at(step, 100, 1.0) for step in range(4)] == pytest.approx([1 / 3, 2 / 3, 1, 1])
-    assert lr_at(3 + 97 // 2, 100, 1.0) == pytest.approx(0.55, abs=0.01) and lr_at(99, 100, 1.0) == pytest.approx(0.1, abs=1e-3)
-    assert lr_at(0, 1, 2.0) == 2.0 and lr_at(2, 4, 1.0, warmup=0.5, floor=0.2) == 1.0 and lr_at(3, 4, 1.0, 0.5, 0.2) == pytest.approx(0.6)
+# the stop token
+
+QWEN = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+THINKING = QWEN.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+CLOSED = QWEN.replace("assistant\n{% endif %}", "assistant\n<think>\n\n</think>\n\n{% endif %}")
+BARE = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
 
 
-def test_reflection_rates_by_hand():
-    rates = reflection_rates(["Wait, no. However, so.", "The waiter waited.", "wait wait", "RECHECK: retry"])
-    assert rates == {"wait": 0.5, "recheck": 0.25, "alternatively": 0.0, "retry": 0.25, "however": 0.25}
-    assert all(math.isnan(rate) for rate in reflection_rates([]).values())
+def tokenizer_with(template, eos="<|im_end|>"):
+    tokenizer = byte_level_tokenizer()
+    tokenizer.chat_template = template
+    tokenizer.eos_token = eos
+    return tokenizer
 
 
-# ------------------------------------------------------------------------------------------------------------------ sampling traces
-PROBLEMS = [{"problem": f"p{i}", "answer": str(i)} for i in range(7)]
+def stop_of(tokenizer):
+    """-> the eos token and the generation config's stop tokens after use_stop_token."""
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=0))
+    use_stop_token(tokenizer, model)
+    return tokenizer.eos_token, [tokenizer.decode(i) for i in model.generation_config.eos_token_id]
 
 
-def draw_until(limit, drawn):
-    """Answers that follow from (first, place) alone; an error once `limit` problems were drawn."""
-    def draw(first, rows):
-        if len(drawn) >= limit:
-            raise KeyboardInterrupt
-        drawn.extend(row["problem"] for row in rows)
-        texts = [[f"\\boxed{{{(first + i) % 3}}} {random.Random(f'{first} {i} {j}').random()}" for j in range(2)] for i in range(len(rows))]
-        return [judge(row, t, [reward(x, row["answer"]) == 1 for x in t], "verified", False, "s") for row, t in zip(rows, texts)]
-    return draw
+@pytest.mark.parametrize("template, eos, wanted, noted", [
+    (QWEN, "<|im_end|>", "<|im_end|>", False),
+    (QWEN, "<|endoftext|>", "<|im_end|>", True),     # Qwen's base models
+    (QWEN, None, "<|im_end|>", True),
+    (BARE, "<|im_end|>", "<|im_end|>", False),       # nothing special ends a turn there
+    (None, "<|im_end|>", "<|im_end|>", False)])
+def test_the_stop_token_is_what_ends_a_turn(template, eos, wanted, noted, capsys):
+    """Token 0, <|endoftext|>, stays one of those that end an answer when it is sampled."""
+    assert stop_of(tokenizer_with(template, eos)) == (wanted, ["<|endoftext|>", wanted])
+    assert ("note: " in capsys.readouterr().out) == noted
 
 
-@pytest.mark.parametrize("cut", [0, 1, 5, 40])
-def test_a_killed_sampling_run_goes_on_without_a_duplicate(cut, tmp_path):
-    """Killed after 4 of 7 problems and with the last bytes lost: the file becomes that of an uninterrupted run, to the byte."""
-    whole, path = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
-    rows = list(collect(whole, [], PROBLEMS, 2, draw_until(99, [])))
-    assert [row["problem"] for row in rows] == [f"p{i}" for i in range(7)] and [len(row["completions"]) for row in rows] == [2] * 3 + [0] * 4
-    with pytest.raises(KeyboardInterrupt):
-        list(collect(path, [], PROBLEMS, 2, draw_until(4, [])))
-    os.truncate(path, path.stat().st_size - cut)
-    again = []
-    assert list(collect(path, read_sampled(path, PROBLEMS, "s"), PROBLEMS, 2, draw_until(99, again))) == rows
-    assert path.read_bytes() == whole.read_bytes() and again == [f"p{i}" for i in range(4 if cut == 0 else 2, 7)]
-    assert list(collect(path, read_sampled(path, PROBLEMS, "s"), PROBLEMS, 2, None)) == rows      # all there: nothing is drawn
-    for problems, settings in ((PROBLEMS, "other"), (PROBLEMS[1:], "s")):
-        with pytest.raises(BadInput, match="other --traces-out|another --traces-out"):
-            read_sampled(path, problems, settings)
+@pytest.mark.parametrize("template", [BARE, None])
+def test_no_stop_token_at_all_is_refused(template):
+    with pytest.raises(BadInput, match="no eos token"):
+        stop_of(tokenizer_with(template, None))
 
 
-def test_judge():
-    """Right ones once; with keep all every one that ended; with agree nothing when neither of the first two is right."""
-    row, texts = {"problem": "p", "answer": "1"}, ["x", None, "\\boxed{1}", "\\boxed{1}"]
-    right = [False, False, True, True]
-    line = judge(row, texts, right, "verified", False, "s")
-    assert line["completions"] == ["\\boxed{1}"] and (line["sampled"], line["finished"], line["right"], line["agrees"]) == (4, 3, 2, False)
-    assert judge(row, texts, right, "all", False, "s")["completions"] == ["x", "\\boxed{1}"]
-    assert judge(row, texts, right, "all", True, "s")["completions"] == []
-    assert judge(row, texts, [False, True, True, True], "verified", True, "s")["agrees"]
+def encode(pairs, template=QWEN, context=512, **options):
+    """-> rows, their responses as text; stop tokens are <|endoftext|> and <|im_end|>, 0 and 1."""
+    tokenizer = tokenizer_with(template)
+    rows = encode_traces(tokenizer, pairs, context, [0, 1], **options)
+    return rows, [tokenizer.decode(row["response"]) for row in rows]
 
 
-def test_label_noise():
-    """About three in ten are off by 1, 2 or 10, always the same ones; 0 changes nothing, 1 changes all."""
-    rows = arithmetic_problems(400, held_out=False)
-    noisy = noisy_labels(rows, 0.3, seed=1)
-    off = [abs(int(a["answer"]) - int(b["answer"])) for a, b in zip(rows, noisy)]
-    assert set(off) == {0, 1, 2, 10} and 0.23 < sum(map(bool, off)) / 400 < 0.37
-    assert noisy == noisy_labels(rows, 0.3, seed=1) != noisy_labels(rows, 0.3, seed=2) and noisy_labels(rows, 0, 1) == rows
-    assert noisy[200:] == noisy_labels(rows[200:], 0.3, seed=1) and all(a != b for a, b in zip(rows, noisy_labels(rows, 1, 1)))
+@pytest.mark.parametrize("answer", [
+    "a", "a<|im_end|>", "a<|im_end|>\n", "a \n", "a<|endoftext|>", "a<|im_end|><|endoftext|>"])
+def test_an_answer_ends_with_exactly_one_stop_token(answer):
+    _, texts = encode([("q", answer)])
+    assert texts == ["a<|im_end|>"]
 
 
-# ------------------------------------------------------------------------------------------------------------------ files
+def test_pairs_are_dropped_whole_and_counted(capsys):
+    """One twice, one of a held-out question, as a text and as a chat, one with a stop token
+    inside, one longer than the context; what stays is not cut."""
+    chat = [{"role": "user", "content": "held"}]
+    pairs = [("q", "a"), ("q", "a"), ("held", "b"), (chat, "b"), ("q", "x" * 600),
+             ("q", "y" * 300), ("q", "a<|im_end|>b"), ("q", "<|im_end|>")]
+    _, texts = encode(pairs, held_out=[{"problem": "held"}])
+    assert texts == ["a<|im_end|>", "y" * 300 + "<|im_end|>"]
+    said = capsys.readouterr().out
+    for part in ("2 to train on", "1 repeated", "2 of held-out problems",
+                 "2 empty or with a stop token inside", "1 longer than the context of 512 tokens"):
+        assert part in said
+    with pytest.raises(BadInput, match="none of the 1 traces is left"):
+        encode(pairs[4:5])
+
+
+def test_context_to_the_token():
+    [row], _ = encode([("q", "answer")])
+    tokens = len(row["prompt"]) + len(row["response"])
+    assert len(encode([("q", "answer")], context=tokens)[0]) == 1
+    with pytest.raises(BadInput):
+        encode([("q", "answer")], context=tokens - 1)
+
+
+def test_the_first_pair_is_printed_with_its_special_tokens(capsys):
+    encode([("q", "a")], system="be brief")
+    said = capsys.readouterr().out
+    assert (r"first pair: '<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nq<|im_end|>\n"
+            r"<|im_start|>assistant\n' -> 'a<|im_end|>'") in said
+    assert "note:" not in said
+    encode([("q", "a" * 600 + "b" * 300 + "c" * 390)], context=10_000)
+    assert "a ... c" in capsys.readouterr().out         # ten characters of <|im_end|> at the end
+
+
+@pytest.mark.parametrize("template, answer, refused", [
+    (THINKING, "<think>\nhm</think>a", True), (CLOSED, "<think>\nhm</think>a", True),
+    (QWEN, "<think>\nhm</think>a", False), (THINKING, "hm</think>a", False)])
+def test_a_think_block_is_not_opened_twice(template, answer, refused):
+    if refused:
+        with pytest.raises(BadInput, match="begin with <think>"):
+            encode([("q", answer)], template)
+    else:
+        assert encode([("q", answer)], template)[1] == [answer + "<|im_end|>"]
+
+
+def test_a_prompt_that_ends_with_a_stop_token_is_noted(capsys):
+    encode([("q", "a")], BARE + "<|im_end|>")
+    assert "note: the prompt ends with a stop token" in capsys.readouterr().out
+
+
+# files of traces
+
+ASKED = [{"role": "user", "content": "q"}]
+SAID = [{"role": "assistant", "content": "a"}]
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 @pytest.mark.parametrize("row, problem", [
-    ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, [{"role": "user", "content": "q"}]),
-    ({"prompt": "q", "completion": "a", "other": 1}, "q"),
-    ({"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "a"}]}, [{"role": "user", "content": "q"}]),
-    ({"problem": "q", "completions": ["a"], "answer": "1"}, "q"),
-])
+    ({"messages": ASKED + SAID}, ASKED), ({"prompt": "q", "completion": "a", "other": 1}, "q"),
+    ({"prompt": ASKED, "completion": SAID}, ASKED),
+    ({"problem": "q", "completions": ["a"], "answer": "1"}, "q")])
 def test_trace_files(row, problem, kind, tmp_path):
     path = tmp_path / f"traces.{kind}"
-    Dataset.from_list([row]).to_parquet(path) if kind == "parquet" else path.write_text(json.dumps(row))
-    assert load_traces(str(path), "train") == [{"problem": problem, "completion": "a"}]
+    if kind == "parquet":
+        Dataset.from_list([row]).to_parquet(path)
+    else:
+        path.write_text(json.dumps(row))
+    assert load_traces(str(path)) == [(problem, "a")]
+
+
+def test_answers_without_a_text_are_counted(tmp_path, capsys):
+    """Of five answers one is blank, one null, one a number, and one has no problem."""
+    path = tmp_path / "traces.jsonl"
+    rows = [{"problem": "q", "completions": ["a", " ", None, 3]},
+            {"problem": None, "completions": ["a"]}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert load_traces(str(path)) == [("q", "a")]
+    assert "2 rows, 4 answers without" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content, message", [
-    ("", "no rows"), ('{"text": "a"}', "needs a column messages, or prompt and completion; it has: text"), ('{"prompt": "q", "completion": ""}', "no row has both"),
-    ('{"messages": [{"role": "user", "content": "q"}]}', "no row has both"), ("{", "--traces .* not JSON")])
+    ("", "no rows"), ('{"text": "a"}', "no row has .* it has text"),
+    ('{"prompt": "q", "completion": ""}', "no row has"), ("{", "--traces .* not JSON"),
+    (json.dumps({"messages": ASKED}), "no row has"),
+    (json.dumps({"messages": SAID}), "no row has")])
 def test_bad_trace_files(content, message, tmp_path):
     path = tmp_path / "traces.jsonl"
     path.write_text(content)
     with pytest.raises(BadInput, match=message):
-        load_traces(str(path), "train")
+        load_traces(str(path))
 
 
-def test_traces_are_dropped_whole_and_counted(capsys):
-    """One twice, one of a held-out question, one longer than the context; what stays ends with the stop token and is not cut."""
-    tokenizer = byte_level_tokenizer()
-    rows = [{"problem": p, "completion": c} for p, c in (("q", "a"), ("q", "a"), ("held", "b"), ("q", "x" * 600), ("q", "y" * 300))]
-    kept = encode_traces(tokenizer, rows, "", False, 512, {"held"})
-    assert [tokenizer.decode(row["response"]) for row in kept] == ["a<|im_end|>", "y" * 300 + "<|im_end|>"]
-    assert tokenizer.decode(kept[0]["prompt"]).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
-    assert "2 to train on; dropped: 1 repeated, 1 of held-out problems, 1 longer than the context of 512" in capsys.readouterr().out
-    with pytest.raises(BadInput, match="none of the 1 traces is left"):
-        encode_traces(tokenizer, rows[3:4], "", False, 512, set())
-    fits = len(kept[0]["prompt"]) + len(kept[0]["response"])                                                # to the token
-    assert encode_traces(tokenizer, rows[:1], "", False, fits, set()) and pytest.raises(BadInput, encode_traces, tokenizer, rows[:1], "", False, fits - 1, set())
+# sampling into a file
+
+PROBLEMS = [{"problem": f"p{i} ü", "answer": str(i)} for i in range(7)]
+WHOLE = [{"settings": "s", **row, "completions": [f"ü {row['answer']}"]} for row in PROBLEMS]
 
 
-def test_histogram():
-    assert histogram([10, 10, 12, 19], bins=2) == {"10-14": 3, "15-19": 1} and sum(histogram([3]).values()) == 1
-    lengths = [random.Random(0).randrange(5, 500) for _ in range(50)]
-    assert sum(histogram(lengths).values()) == 50
+@pytest.mark.parametrize("cut", [0, 1, 5, 60, 100])
+@pytest.mark.parametrize("rows", [4, 7])
+def test_a_file_that_was_cut_short_goes_on_to_the_byte(rows, cut, tmp_path):
+    """Batches of 2 of 7 problems. Four rows of 78 bytes and the last `cut` bytes lost: 4 rows are
+    left, or 3, whose batch is asked again, so 2. All 7: 7, or 6 when any byte is lost, and 4 when
+    100 are. What a batch replaces stays in the file until it is there."""
+    whole, path = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    write_sampled(whole, 0, WHOLE)
+    write_sampled(path, 0, WHOLE[:rows])
+    os.truncate(path, path.stat().st_size - cut)
+    damaged = path.read_bytes()
+    found, place = read_sampled(path, PROBLEMS, "s", 2)
+    if rows == 4:
+        wanted = 4 if cut == 0 else 2
+    else:
+        wanted = {0: 7, 100: 4}.get(cut, 6)
+    assert found == WHOLE[:wanted] and path.read_bytes() == damaged
+    for first in range(wanted, 7, 2):
+        place = write_sampled(path, place, WHOLE[first:first + 2])
+    assert path.read_bytes() == whole.read_bytes()
 
 
-# ------------------------------------------------------------------------------------------------------------------ constructed chains
-def scripted_model(replies, seen):
-    def ask(messages):
-        action = next(name for name, text in ACTIONS.items() if text == messages[0]["content"])
-        seen.append((action, messages[1]["content"].split("Current goal: ")[1]))
-        return replies[len(seen) - 1]
-    return ask
+@pytest.mark.parametrize("content", [
+    '{"problem": "p0 ü", "answer": "0"}', "notes", "notes\n", "null\n", '{"settings": "s"}\n',
+    '{"settings": "s", "problem": "p0 ü"\n{"settings": "s", "problem": "p1 ü"}\n'])
+def test_a_foreign_file_is_refused_and_kept(content, tmp_path):
+    """Also one whose single line has no newline."""
+    path = tmp_path / "mine.jsonl"
+    path.write_text(content)
+    with pytest.raises(BadInput, match="another --traces-out"):
+        read_sampled(path, PROBLEMS, "s", 2)
+    assert path.read_text() == content
 
 
-def test_construct_chain_with_a_scripted_model():
-    """A wrong step, 'Alternatively' back to solve, a goal reached but not the problem, then the answer, which gets its box."""
-    replies = ["Sum 1+2+3.", "First 1+2.\nNEXT: add 1 and 2", "1+2=4", "3-1 is not 3.\nGOAL: no\nPROBLEM: no\nNEXT: Alternatively, count up",
-               "1+2=3", "Fine.\nGOAL: yes\nPROBLEM: no", "Then 3+3.\nNEXT: add 3", "3+3=6", "6-3=3.\nGoal reached\nGOAL: yes\nPROBLEM: yes", "6"]
-    seen = []
-    chain = construct_chain(scripted_model(replies, seen), "1+2+3?", 20)
-    assert [action for action, _ in seen] == ["clarify", "decompose", "solve", "reflect", "solve", "reflect", "decompose", "solve", "reflect", "answer"]
-    assert [goal for _, goal in seen[2:8:2]] == ["add 1 and 2", "Alternatively, count up", "Alternatively, count up"] and seen[7][1] == "add 3"
-    assert chain == ("Sum 1+2+3.\nFirst 1+2.\n1+2=4\n3-1 is not 3.\nAlternatively, count up\n1+2=3\nFine.\nThen 3+3.\n3+3=6\n6-3=3.\nGoal reached\n"
-                     "\\boxed{6}")
-    assert reward(chain, "6") == 1 and "GOAL" not in chain and "NEXT" not in chain
-    assert construct_chain(scripted_model(replies, []), "1+2+3?", 10) == chain                              # ten turns are just enough
-    assert construct_chain(scripted_model(replies, []), "1+2+3?", 9) is None
-    assert construct_chain(lambda messages: None, "1+2+3?", 9) is None                                      # a reply that was cut off
+def test_other_settings_and_other_problems_are_refused(tmp_path):
+    """Also when the one line that is there was cut short. Fewer problems are a part."""
+    path = tmp_path / "traces.jsonl"
+    write_sampled(path, 0, WHOLE)
+    assert read_sampled(path, PROBLEMS[:3], "s", 2)[0] == WHOLE[:3]
+    for problems, settings in ((PROBLEMS, "other"), (PROBLEMS[1:], "s")):
+        with pytest.raises(BadInput, match="another --traces-out"):
+            read_sampled(path, problems, settings, 2)
+    os.truncate(path, 60)
+    assert read_sampled(path, PROBLEMS, "s", 2) == ([], 0)
+    with pytest.raises(BadInput, match="another --traces-out"):
+        read_sampled(path, PROBLEMS[1:], "s", 2)
+    assert read_sampled(tmp_path / "none.jsonl", PROBLEMS, "s", 2) == ([], 0)
 
 
-def test_a_model_that_never_stops_reflecting_is_bounded():
-    asked = []
-    assert construct_chain(lambda messages: asked.append(1) or "GOAL: no", "1+1?", 12) is None and len(asked) == 12
+@pytest.mark.parametrize("keep, kept", [("verified", ["\\boxed{1}"]), ("all", ["x", "\\boxed{1}"])])
+def test_what_is_kept_of_four_answers(keep, kept, monkeypatch):
+    """A wrong one, a right one that was cut off, and a right one twice: 3 ended, 2 are right."""
+    texts = ["x", "\\boxed{1}", "\\boxed{1}", "\\boxed{1}"]
+    rollout = SimpleNamespace(texts=texts, finished=torch.tensor([True, False, True, True]))
+    monkeypatch.setattr(long_cot_sft, "sample", lambda *args, **kwargs: rollout)
+    args = SimpleNamespace(samples=4, keep=keep, teacher_max_new_tokens=9,
+                           teacher_temperature=1.0, teacher_top_p=1.0)
+    asked = [{"problem": "p", "answer": "1", "level": 3}]
+    assert long_cot_sft.ask_teacher(None, load_tokenizer("tiny"), asked, "", 0, args) == [
+        {"problem": "p", "answer": "1", "completions": kept, "sampled": 4, "ended": 3, "right": 2}]
 
 
-def test_scripted_actor():
-    """Without slips right and without 'wait'; with slips and honest checks always right; with missed checks sometimes wrong."""
-    rows, tokenizer = arithmetic_problems(60, held_out=False), load_tokenizer("tiny")
-    chains = lambda slip, missed: [construct_chain(scripted_actor(row["problem"], random.Random(i), slip, missed), row["problem"], 100) for i, row in enumerate(rows)]
-    share = lambda texts: sum(reward(text, row["answer"]) for text, row in zip(texts, rows)) / 60
-    clean, mended, missed = chains(0, 0), chains(0.4, 0), chains(0.4, 0.5)
-    assert share(clean) == share(mended) == 1 and share(missed) < 0.9
-    assert reflection_rates(clean)["wait"] == 0 and reflection_rates(mended)["wait"] > 0.3
-    assert all(tokenizer.decode(tokenizer(text)["input_ids"]) == text for text in mended)
-    checks = re.findall(r"check (\d+)([-+/])(\d+)=(-?\d+)", " ".join(mended))  # true also where what they check is not
-    of = {"+": lambda x, y: x + y, "-": lambda x, y: x - y, "/": lambda x, y: x // max(y, 1)}
-    assert {sign for _, sign, _, _ in checks} == set(of) and all(of[sign](int(x), int(y)) == int(z) for x, sign, y, z in checks)
-    for seed in range(30):  # a product that slipped to 0 is a number like any other
-        assert construct_chain(scripted_actor("Compute 40-2*5.", random.Random(seed), 1, 1), "Compute 40-2*5.", 20)
+# the paper's benchmarks
 
-
-# ------------------------------------------------------------------------------------------------------------------ benchmarks
 OPTIONS = [f"choice {i}" for i in range(10)]
+LETTERED = "\n".join(f"({letter}) choice {i}" for i, letter in enumerate("ABCDEFGHIJ"))
 BENCHMARKS = {
-    "MATH-500": ({"problem": "1+1?", "solution": "It is $\\boxed{2}$.", "answer": "2", "subject": "Algebra", "level": 1, "unique_id": "x"}, "1+1?", "2", ["2"], ["3"]),
-    "AIME, HF": ({"id": 60, "problem": "1+1?", "solution": "...", "answer": "025", "url": "u", "year": "2024"}, "1+1?", "025", ["25", "025"], ["26"]),
-    "AIME, MJ": ({"ID": "2024-I-1", "Problem": "1+1?", "Solution": "...", "Answer": 25}, "1+1?", "25", ["25"], ["26"]),
-    "TheoremQA integer": ({"Question": "q?", "Answer": "4", "Answer_type": "integer", "Picture": None}, "q?", "4", ["4", "4.0"], ["5"]),
-    "TheoremQA float": ({"Question": "q?", "Answer": "-0.5", "Answer_type": "float"}, "q?", "-0.5", ["-1/2"], ["0.5"]),
-    "TheoremQA bool": ({"Question": "q?", "Answer": "True", "Answer_type": "bool"}, "True or False", "True", ["True", "true", "\\text{True}"], ["False"]),
-    "TheoremQA list of integer": ({"Question": "q?", "Answer": "[1, 2]", "Answer_type": "list of integer"}, "[1, 2]", "[1, 2]", ["[1,2]"], ["[2, 1]", "[1]"]),
-    "TheoremQA list of float": ({"Question": "q?", "Answer": "[0.5, -2.0]", "Answer_type": "list of float"}, "a list", "[0.5, -2.0]", ["[1/2, -2]"], ["[0.5, 2]"]),
-    "TheoremQA option": ({"Question": "q? (a) x (b) y", "Answer": "(b)", "Answer_type": "option"}, "letter", "(b)", ["(b)", "b"], ["(a)"]),
-    "MMLU-Pro": ({"question_id": 7, "question": "q?", "options": OPTIONS, "answer": "J", "answer_index": 9, "cot_content": "", "category": "law"},
-                 "(A) choice 0\n(B) choice 1\n(C) choice 2\n(D) choice 3\n(E) choice 4\n(F) choice 5\n(G) choice 6\n(H) choice 7\n(I) choice 8\n(J) choice 9",
-                 "J", ["J", "(J)", "\\text{J}"], ["A", "9"]),
-}
+    "MATH-500": ({"problem": "1+1?", "solution": "It is $\\boxed{2}$.", "answer": "2",
+                  "subject": "Algebra", "level": 1}, "1+1?", "2", ["2"], ["3"]),
+    "AIME, HF": ({"id": 60, "problem": "1+1?", "solution": "...", "answer": "025",
+                  "year": "2024"}, "1+1?", "025", ["25", "025"], ["26"]),
+    "AIME, MJ": ({"ID": "2024-I-1", "Problem": "1+1?", "Solution": "...", "Answer": 25},
+                 "1+1?", "25", ["25"], ["26"]),
+    "TheoremQA integer": ({"Question": "q?", "Answer": "4", "Answer_type": "integer",
+                           "Picture": None}, "q?", "4", ["4", "4.0"], ["5"]),
+    "TheoremQA float": ({"Question": "q?", "Answer": "-0.5", "Answer_type": "float"},
+                        "q?", "-0.5", ["-1/2"], ["0.5"]),
+    "MMLU-Pro": ({"question_id": 7, "question": "q?", "options": OPTIONS, "answer": "J",
+                  "answer_index": 9, "category": "law"},
+                 LETTERED, "J", ["J", "(J)", "\\text{J}"], ["A", "9"])}
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_benchmarks_by_their_columns(name, kind, tmp_path):
-    """Files with the columns of the four benchmarks: what is asked, the gold, and what the verifier says to right and wrong answers."""
+def test_benchmarks_by_their_columns(name, tmp_path):
+    """What is asked, the gold, and what the reward of right and wrong answers is."""
     row, asked, gold, right, wrong = BENCHMARKS[name]
-    path = tmp_path / f"data.{kind}"
-    Dataset.from_list([row]).to_parquet(path) if kind == "parquet" else path.write_text(json.dumps(row))
-    (loaded,) = load_problems(str(path), held_out=True)
-    assert loaded["answer"] == gold and asked in loaded["problem"] and loaded["problem"].startswith(next(iter(v for k, v in row.items() if k.lower() in ("problem", "question"))))
-    assert all(reward(f"So \\boxed{{{answer}}}.", gold) == 1 for answer in right) and not any(reward(f"\\boxed{{{answer}}}", gold) for answer in wrong)
-
-
-def test_options_by_letter(tmp_path):
-    """Every letter verifies itself and no other; padding options are left out; the index alone is enough; Python's own lists and True too."""
-    letters = "ABCDEFGHIJ"
-    assert all((reward(f"\\boxed{{{a}}}", b) == 1) == (a == b) for a in letters for b in letters)
-    rows = [{"question": "a?", "options": ["x", "y", "N/A"], "answer_index": 1, "answer": "y"}, {"question": "b?", "options": "no list", "answer": "A"},
-            {"question": "c?", "answer_type": "bool", "answer": True}, {"question": "d?", "answer_type": "list of integer", "answer": [3, 4]}]
     path = tmp_path / "data.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)))
-    found = {row["problem"][0]: row for row in load_problems(str(path))}
-    assert found["a"]["answer"] == "B" and "(B) y" in found["a"]["problem"] and "(C)" not in found["a"]["problem"]
-    assert found["b"] == {"problem": "b?", "answer": "A"} and found["c"]["answer"] == "True" and found["d"]["answer"] == "[3, 4]"
+    path.write_text(json.dumps(row))
+    [loaded] = load_problems(str(path), held_out=True)
+    assert loaded["answer"] == gold and asked in loaded["problem"]
+    assert all(reward(f"So \\boxed{{{answer}}}.", loaded) == 1 for answer in right)
+    assert not any(reward(f"\\boxed{{{answer}}}", loaded) for answer in wrong)
 
 
-def test_evaluate_counts_reflections():
-    """The shares in the result are those of the answers in it."""
-    tokenizer, model = load_tokenizer("tiny"), load_model("tiny")
-    ids = tokenizer("<|im_start|>system\nstyle: long<|im_end|>\n<|im_start|>user\nCompute 17+4*6-9.<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
-    result = evaluate(model, tokenizer, [{"prompt": ids, "problem": "x", "answer": "32"}], 16, 120, 0.7, 0.95)
-    assert result["reflection"] == reflection_rates(result["answers"][0]["responses"]) and math.isnan(result["standard_error"])
-
-
-# ------------------------------------------------------------------------------------------------------------------ the script
-def test_end_to_end(tmp_path, capsys):
-    """Traces, labels, statistics, rows and summary say the same; a second run learns the same from the file."""
-    rows = main(output=tmp_path / "run")
-    said = capsys.readouterr().out
-    assert "style: long" not in said.split("first prompt")[1].splitlines()[0] and "#" in said and "reflection words" in said
-    lines = [json.loads(line) for line in (tmp_path / "run" / "traces.jsonl").read_text().splitlines()]
-    assert len(lines) == 6 and all(line["sampled"] == 4 and line["right"] >= len(line["completions"]) for line in lines)
-    assert all(reward(text, line["answer"]) == 1 and "check" in text for line in lines for text in line["completions"])
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    kept = sum(len(line["completions"]) for line in lines)
-    assert summary["traces"]["traces"] == summary["sampling"]["kept"] == kept and sum(summary["traces"]["histogram"].values()) == kept
-    assert {"reflection_before", "reflection_after", "avg_at_k_before", "avg_at_k_after"} <= set(summary)
-    assert len(rows) == math.ceil(kept / 4) and rows[-1]["tokens_seen"] == summary["traces"]["tokens"] and rows[0]["lr"] == 1e-3
-    problems = load_problems(str(tmp_path / "run" / "problems.jsonl"))
-    assert {row["problem"]: row["answer"] for row in problems} == {line["problem"]: line["answer"] for line in lines}
-    again = main("--traces", tmp_path / "run" / "traces.jsonl", "--eval-problems", 0, output=tmp_path / "again")
-    assert [row["loss"] for row in again] == [row["loss"] for row in rows] and not (tmp_path / "again" / "problems.jsonl").exists()
-
-
-@pytest.mark.parametrize("flags", ["--teacher-style short --eval-problems 0", "--source construct --eval-problems 0", "--lora-rank 2 --eval-problems 0",
-                                   "--label-noise 0.5 --filter agree --keep all --eval-problems 0"])
-def test_switches(flags, tmp_path):
-    rows = main(*flags.split(), output=tmp_path / "run")
-    lines = [json.loads(line) for line in (tmp_path / "run" / "traces.jsonl").read_text().splitlines()]
-    texts = [text for line in lines for text in line["completions"]]
-    assert rows and texts and all(math.isfinite(row["grad_norm"]) for row in rows)
-    if "short" in flags:
-        assert not any("check" in text for text in texts)
-    if "construct" in flags:
-        assert all("\n" not in text and text.count(" check ") >= 2 for text in texts)
-    if "agree" in flags:
-        labels = [json.loads(line)["problem"] for line in (tmp_path / "run" / "problems.jsonl").read_text().splitlines()]
-        assert labels == [line["problem"] for line in lines if line["agrees"]] and all(line["agrees"] for line in lines if line["completions"])
-        assert any(reward(text, line["answer"]) == 0 for line in lines for text in line["completions"])  # --keep all verifies nothing
-
+# the script
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
+    """Three batches of two problems each."""
     folder = tmp_path_factory.mktemp("sft") / "whole"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(long_cot_sft, "ROWS", 8)
-        return folder, main("--eval-problems", 0, "--save-every", 100, output=folder)
+        return folder, main(output=folder)
 
 
-@pytest.mark.parametrize("kill", ["while sampling", "while training"])
-def test_resume_gives_the_very_weights(kill, uninterrupted, tmp_path, monkeypatch):
-    flags, (folder, whole) = ["--eval-problems", 0, "--save-every", 100], uninterrupted
+def test_end_to_end(uninterrupted, tmp_path):
+    """Traces, statistics, rows and summary say the same; a second run learns the same from the
+    file, and the file serves as --data. The first rate of 4 updates and fewer is the peak."""
+    folder, rows = uninterrupted
+    lines = lines_of(folder / "traces.jsonl")
+    assert len(lines) == 6
+    texts = []
+    for line in lines:
+        assert line["sampled"] == 4 >= line["ended"] >= line["right"] >= len(line["completions"])
+        assert all(reward(text, line) == 1 and "check" in text for text in line["completions"])
+        texts += line["completions"]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["traces"]["traces"] == summary["sampling"]["kept"] == len(texts)
+    assert sum(summary["traces"]["histogram"].values()) == len(texts)
+    assert {"reflection_before", "reflection_after", "avg_at_k_after"} <= summary.keys()
+    tokenizer = load_tokenizer("tiny")
+    tokens = sum(len(tokenizer(text)["input_ids"]) + 1 for text in texts)
+    assert rows[-1]["tokens_seen"] == summary["traces"]["tokens"] == tokens
+    assert len(rows) == math.ceil(len(texts) / 4) and rows[0]["lr"] == 1e-3
+    assert len(load_problems(str(folder / "traces.jsonl"))) == 6
+
+    again = main("--traces", folder / "traces.jsonl", "--eval-problems", 0, output=tmp_path / "2")
+    assert [row["loss"] for row in again] == [row["loss"] for row in rows]
+    assert not (tmp_path / "2" / "traces.jsonl").exists()
+
+
+def test_short_chains_into_a_file_of_their_own(tmp_path, capsys):
+    """Short chains check nothing; --keep all keeps a wrong answer too; adapters are trained. A
+    second run goes on with the complete file and asks no teacher."""
+    flags = ["--teacher-style", "short", "--keep", "all", "--lora-rank", 2, "--eval-problems", 0,
+             "--traces-out", tmp_path / "deep" / "traces.jsonl"]
+    rows = main(*flags, output=tmp_path / "1")
+    lines = lines_of(tmp_path / "deep" / "traces.jsonl")
+    assert "teacher_temperature=0.7" in lines[0]["settings"]
+    texts = [(text, line) for line in lines for text in line["completions"]]
+    assert not any("check" in text for text, _ in texts)
+    assert {reward(text, line) for text, line in texts} == {0.0, 1.0}
+    assert "tokens/s" in capsys.readouterr().err
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(long_cot_sft, "ask_teacher", None)
+        again = main(*flags, output=tmp_path / "2")
+    assert [row["loss"] for row in again] == [row["loss"] for row in rows]
+
+
+def interrupt_at(monkeypatch, name, call):
+    """The given call of a function of the script is a Ctrl-C."""
+    function, calls = getattr(long_cot_sft, name), []
+
+    def stopping(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(long_cot_sft, name, stopping)
+
+
+@pytest.mark.parametrize("name, call, left", [("ask_teacher", 2, 2), ("as_rollout", 3, 6)],
+                         ids=["sampling", "training"])
+def test_resume_gives_the_very_weights(name, call, left, uninterrupted, tmp_path, monkeypatch):
+    """Stopped in the second batch of traces, with a piece of it written, or in the third step."""
+    folder, whole = uninterrupted
     monkeypatch.setattr(long_cot_sft, "ROWS", 8)
-    assert len(whole) >= 3
-    if kill == "while sampling":
-        judge_, count = traces_module.judge, []
-
-        def stopping(*args):
-            count.append(1)
-            if len(count) == 4:
-                raise KeyboardInterrupt
-            return judge_(*args)
-        monkeypatch.setattr(long_cot_sft, "judge", stopping)
-    else:
-        log = long_cot_sft.start
-
-        def stopping_start(cfg, name):
-            run = log(cfg, name)
-            write = run.log
-            run.log = lambda *args, **kwargs: (write(*args, **kwargs), run.step == 1 and os.kill(os.getpid(), signal.SIGINT))
-            return run
-        monkeypatch.setattr(long_cot_sft, "start", stopping_start)
-    with pytest.raises(SystemExit) as stop:
-        main(*flags, output=tmp_path / "cut")
-    assert stop.value.code == 130
-    monkeypatch.undo()
-    monkeypatch.setattr(long_cot_sft, "ROWS", 8)
-    if kill == "while sampling":
-        assert len((tmp_path / "cut" / "traces.jsonl").read_text().splitlines()) == 2                  # one piece of 8 // 4 problems
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, name, call)
+        with pytest.raises(SystemExit) as stop:
+            main(output=tmp_path / "cut")
+    assert stop.value.code == 130 and len(whole) >= 3
+    traces, complete = (tmp_path / "cut" / "traces.jsonl", (folder / "traces.jsonl").read_bytes())
+    assert len(lines_of(traces)) == left
+    traces.write_bytes(complete[:traces.stat().st_size + 30])
     long_cot_sft.main(["--resume", str(tmp_path / "cut")])
-    assert (tmp_path / "cut" / "traces.jsonl").read_bytes() == (folder / "traces.jsonl").read_bytes()
-    first, second = (load_file(run / "model" / "model.safetensors") for run in (folder, tmp_path / "cut"))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    rows = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
-    assert [(row["step"], row["loss"], row["tokens_seen"], row["lr"]) for row in rows] == [(row["step"], row["loss"], row["tokens_seen"], row["lr"]) for row in whole]
+    assert traces.read_bytes() == complete
+    one, two = (load_file(run / "model" / "model.safetensors") for run in (folder, traces.parent))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    for row, other in zip(whole, lines_of(tmp_path / "cut" / "metrics.jsonl"), strict=True):
+        assert all(row[name] == other[name] for name in ("step", "loss", "tokens_seen", "lr"))
+    summaries = [json.loads((run / "summary.json").read_text()) for run in (folder, traces.parent)]
+    assert all({**summary, "seconds": 0} == {**summaries[0], "seconds": 0} for summary in summaries)
+
+
+def refused(flags, capsys):
+    """-> the one line of a run that ends with exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        long_cot_sft.main([*map(str, flags)])
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and said.startswith("error: ")
+    return said
+
+
+def test_resume_with_other_traces_is_refused(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "traces.jsonl"
+    path.write_text('{"prompt": "Compute 1+1.", "completion": "2"}\n' * 2)
+    flags = ["--traces", path, "--eval-problems", 0, "--batch-size", 1, "--epochs", 2]
+    long_cot_sft.main([*map(str, flags), "--output", str(tmp_path / "run")])
+    path.write_text('{"prompt": "Compute 1+1.", "completion": "22"}\n')
+    assert "traces have changed" in refused(["--resume", tmp_path / "run"], capsys)
 
 
 def test_a_teacher_that_never_verifies(tmp_path, capsys):
-    """Two tokens are too few for an answer: one line with the shares and what to do, after 64 problems at the latest."""
-    with pytest.raises(SystemExit) as stop:
-        main("--teacher-problems", 200, "--samples", 4, "--teacher-max-new-tokens", 2, output=tmp_path / "run")
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert stop.value.code == 2 and "none of 256 answers to 64 problems was kept, 0 (0.0%) were right" in error and "--teacher-max-new-tokens" in error
+    """Two tokens are too few for an answer: one line with the counts and what to do, after 64 of
+    200 problems."""
+    flags = ["--teacher-problems", 200, "--samples", 4, "--teacher-max-new-tokens", 2]
+    said = refused([*flags, "--output", tmp_path / "run"], capsys)
+    assert "256 answers to 64 problems: " in said and "0 right, 0 kept (0.0%)" in said
+    assert "--teacher-max-new-tokens" in said
 
 
-def test_bad_input_is_one_line_and_code_2(tmp_path, capsys, monkeypatch):
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    empty, foreign, long = tmp_path / "empty.jsonl", tmp_path / "foreign.jsonl", tmp_path / "long.jsonl"
-    empty.write_text("")
-    foreign.write_text('{"text": "a"}\n')
-    long.write_text(json.dumps({"prompt": "p", "completion": "x" * 600}) + "\n")
-    before = sorted(tmp_path.rglob("*"))
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "foreign.jsonl").write_text('{"text": "a"}')
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "p", "completion": "x" * 600}))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*")}
     for flags, message in {
-            "--traces missing.jsonl": "--traces missing.jsonl: no such file", f"--traces {empty}": "no rows", f"--traces {foreign}": "needs a column",
-            f"--traces {long}": "none of the 1 traces", f"--traces-out {foreign}": "another --traces-out", f"--traces-out {tmp_path}": "a folder",
-            "--teacher no/such/model": "no model in", "--filter agree --samples 1": "at least 2", "--label-noise 2": "at most 1", "--samples 0": "at least 1",
-            f"--label-noise 0.1 --traces {long}": "only for traces", "--teacher-max-new-tokens 512": "no room", "--teacher-style medium": "invalid choice"}.items():
-        with pytest.raises(SystemExit) as stop:
-            long_cot_sft.main(flags.split())
-        error = capsys.readouterr().err.strip().splitlines()
-        assert stop.value.code == 2 and len(error) == 1 and error[0].startswith("error: ") and message in error[0], (flags, error)
-        assert sorted(tmp_path.rglob("*")) == before, flags
+            "--traces missing.jsonl": "--traces missing.jsonl: no such file",
+            "--traces empty.jsonl": "no rows", "--traces foreign.jsonl": "it has text",
+            "--traces long.jsonl": "none of the 1 traces",
+            "--traces-out foreign.jsonl": "another --traces-out",
+            f"--traces-out {tmp_path}": "directory", "--teacher no/such/model": "no/such/model",
+            "--teacher-max-new-tokens 512": "no room", "--samples 0": "at least 1",
+            "--teacher-style medium": "invalid choice"}.items():
+        assert message in refused(flags.split(), capsys), flags
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*")} == before, flags
 
 
-def test_construct_needs_a_chat_model(tmp_path):
-    cfg = argparse.Namespace(source="construct", teacher="tiny", data="problems.jsonl")
-    with pytest.raises(BadInput, match="cannot follow instructions"):
-        long_cot_sft.make_teacher(cfg)
-
-
-def test_construct_asks_a_real_model(model_folder):
-    """A random model writes no verdicts: the machine asks it up to --max-turns times and gives up; every reply that is cut off ends a chain."""
-    cfg = argparse.Namespace(source="construct", teacher=str(model_folder), data="x", device="cpu", dtype="auto", cuda_graphs=False, teacher_system="", thinking=False,
-                             teacher_max_new_tokens=4, teacher_temperature=1.0, teacher_top_p=1.0, samples=2, seed=0, max_turns=6)
-    real, long_cot_sft.is_small = long_cot_sft.is_small, lambda name: False
-    try:
-        assert long_cot_sft.make_teacher(cfg)(0, [{"problem": "1+1?", "answer": "2"}] * 2) == [[None, None]] * 2
-    finally:
-        long_cot_sft.is_small = real
+def test_a_model_of_ones_own(tmp_path, capsys, monkeypatch):
+    """Another eos token than the template's: answers are trained to end as in the template, which
+    is saved for those who sample next. Without any, it is refused before the teacher samples."""
+    tokenizer = tokenizer_with(QWEN, "<|endoftext|>")
+    for name in ("base", "endless"):
+        random_model("qwen3", len(tokenizer)).save_pretrained(tmp_path / name)
+    tokenizer.save_pretrained(tmp_path / "base")
+    tokenizer_with(BARE, None).save_pretrained(tmp_path / "endless")
+    main("--model", tmp_path / "base", output=tmp_path / "run")
+    assert "note: <|im_end|> ends an answer" in capsys.readouterr().out
+    place = tmp_path / "run" / "model"
+    assert AutoTokenizer.from_pretrained(place).eos_token == "<|im_end|>"
+    saved = AutoModelForCausalLM.from_pretrained(place)
+    assert 1 in saved.generation_config.eos_token_id
+    monkeypatch.setattr(long_cot_sft, "sample_traces", None)
+    said = refused(["--model", tmp_path / "endless", "--output", tmp_path / "no"], capsys)
+    assert "no eos token" in said and not (tmp_path / "no").exists()
