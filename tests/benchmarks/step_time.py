@@ -1,185 +1,182 @@
-"""What does a step cost on a CPU? grpo.py against TRL's GRPOTrainer, sampling against model.generate, BuPO's phases, and
-how cost grows.
+"""What does a step cost on a CPU? grpo.py against TRL's GRPOTrainer, sampling against generate.
 
-    python tests/benchmarks/step_time.py                    # ten minutes on one idle core; writes nothing
-    pip install trl                                         # the rival; without it that table is left out
+    python tests/benchmarks/step_time.py          # five minutes on one idle core; writes nothing
+    pip install trl                               # the rival; without it its rows are left out
 
-Both trainers: the embedded model, 8 problems x 16 answers of at most 80 tokens, the same problems in the same order, the same verifier,
-float32, one update a rollout, no KL, no gradient checkpointing; lr 1e-6, so that answers keep their length. They take turns,
-three steps each; the first step of each turn is left out.
+The embedded model, 8 problems x 16 answers of at most 80 tokens, float32, one thread. Both trainers
+see the same problems in the same order with the same verifier; one update per rollout, no KL, lr
+1e-6, so that answers keep their length. They take turns; the first step of each turn is left out.
 """
 import argparse
 import contextlib
 import importlib.util
 import io
 import json
-import logging
 import os
 import pathlib
 import statistics
 import sys
 import tempfile
 import time
+from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-import torch  # noqa: E402
+import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
-import grpo  # noqa: E402
-from common.data import batch_of, encode_prompts, load_problems  # noqa: E402
-from common.logprobs import micro_batches, response_logprobs  # noqa: E402
-from common.models import TINY, load_model, load_tokenizer  # noqa: E402
-from common.sampling import sample  # noqa: E402
-from common.verify import reward  # noqa: E402
+import grpo
+from common.data import batch_of, encode_prompt, load_problems
+from common.internal_policy import first_blocks
+from common.logprobs import micro_batches, response_logprobs
+from common.models import load_model, load_tokenizer
+from common.sampling import sample
+from common.verify import verify
 
-TURN = 4  # steps a turn
-show = lambda values: f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+STEPS = 4  # per turn
+ARGS = SimpleNamespace(model="tiny", device="cpu", dtype="float32", lora_rank=0)
+
+
+def show(values, digits: int = 2) -> str:
+    median, low, high = statistics.median(values), min(values), max(values)
+    return f"{median:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def our_turn(turn: int) -> list[dict]:
-    """Rows of metrics.jsonl of TURN steps of grpo.py itself, without the first."""
-    with tempfile.TemporaryDirectory() as place, contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        grpo.main(["--steps", str(TURN), "--lr", "1e-6", "--eval-problems", "0", "--seed", str(turn), "--save-every", "99",
-                   "--output", f"{place}/run"])
-        return [json.loads(line) for line in pathlib.Path(place, "run", "metrics.jsonl").read_text().splitlines()][1:]
+    """Rows of metrics.jsonl of grpo.py itself."""
+    with tempfile.TemporaryDirectory() as place, contextlib.redirect_stdout(io.StringIO()), \
+            contextlib.redirect_stderr(io.StringIO()):
+        grpo.main(["--steps", str(STEPS), "--lr", "1e-6", "--eval-problems", "0",
+                   "--seed", str(turn), "--output", f"{place}/run"])
+        lines = pathlib.Path(place, "run", "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines[1:]]
 
 
-def trl_turn(turn: int) -> list[dict]:
-    """Seconds and tokens of the same steps of TRL's GRPOTrainer."""
+def trl_turn(turn: int) -> list[float]:
+    """Seconds of the same steps of TRL's GRPOTrainer."""
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
+    ends = []
 
     class Clock(TrainerCallback):
-        def __init__(self):
-            self.ends, self.tokens = [], []
-
         def on_step_end(self, *args, **kwargs):
-            self.ends.append(time.perf_counter())
-    clock, train = Clock(), load_problems("arithmetic", seed=turn)
-    rows = [row for step in range(TURN) for row in batch_of(train, step, 8, turn)]
+            ends.append(time.perf_counter())
 
-    def right(completions, completion_ids, answer, **_):
-        clock.tokens.append(sum(map(len, completion_ids)))
-        return [reward(completion[0]["content"], gold) for completion, gold in zip(completions, answer)]
+    def right(completions, answer, **_):
+        texts = [completion[0]["content"] for completion in completions]
+        return [verify(text, gold) for text, gold in zip(texts, answer, strict=True)]
+
+    problems = load_problems("arithmetic", seed=turn)
+    rows = []
+    for step in range(STEPS):
+        for row in batch_of(problems, step, 8, turn):
+            chat = [{"role": "user", "content": row["problem"]}]
+            rows.append({"prompt": chat, "answer": row["answer"]})
     with tempfile.TemporaryDirectory() as place, contextlib.redirect_stdout(io.StringIO()):
-        config = GRPOConfig(place, max_steps=TURN, per_device_train_batch_size=128, num_generations=16, steps_per_generation=1,
-                            max_completion_length=80, temperature=1.0, learning_rate=1e-6, beta=0.0, loss_type="dapo", use_cpu=True,
-                            bf16=False, gradient_checkpointing=False, shuffle_dataset=False, report_to="none", save_strategy="no",
-                            logging_steps=99, disable_tqdm=True, seed=turn)
-        trainer = GRPOTrainer(load_model("tiny").train(), right, config, processing_class=load_tokenizer("tiny"), callbacks=[clock],
-                              train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": row["problem"]}],
-                                                                "answer": row["answer"]} for row in rows]))
+        config = GRPOConfig(
+            place, max_steps=STEPS, per_device_train_batch_size=128, num_generations=16,
+            steps_per_generation=1, max_completion_length=80, temperature=1.0, learning_rate=1e-6,
+            beta=0.0, loss_type="dapo", use_cpu=True, bf16=False, gradient_checkpointing=False,
+            shuffle_dataset=False, report_to="none", save_strategy="no", logging_steps=99,
+            disable_tqdm=True, seed=turn)
+        trainer = GRPOTrainer(
+            load_model(ARGS).train(), right, config, train_dataset=Dataset.from_list(rows),
+            processing_class=load_tokenizer("tiny"), callbacks=[Clock()])
         trainer.train()
-    return [{"seconds": b - a, "tokens": n} for a, b, n in zip(clock.ends, clock.ends[1:], clock.tokens[1:])]
+    return [end - begin for begin, end in zip(ends, ends[1:], strict=False)]
 
 
 def against_trl(turns: int) -> None:
-    ours, theirs = [], []
-    seconds = lambda row: sum(value for name, value in row.items() if name.startswith("seconds_"))
-    trl = importlib.util.find_spec("trl") is not None
+    rows, theirs = [], []
     for turn in range(turns):
-        ours += our_turn(turn)
-        theirs += trl_turn(turn) if trl else []
-    mine = [seconds(row) for row in ours]
-    print("\n| a GRPO step, seconds | median (lowest to highest) | tokens a step |\n| --- | --- | --- |")
-    print(f"| grpo.py | {show(mine)} | {statistics.fmean(row['tokens'] for row in ours):.0f} |")
+        rows += our_turn(turn)
+        if importlib.util.find_spec("trl"):
+            theirs += trl_turn(turn)
+    parts = ("sampling", "verifying", "training")
+    ours = [sum(row[f"seconds_{part}"] for part in parts) for row in rows]
+    print("\n| a GRPO step | seconds (lowest to highest) |\n| --- | --- |")
+    print(f"| grpo.py | {show(ours)} |")
+    for part in parts:
+        print(f"| of these {part} | {show([row[f'seconds_{part}'] for row in rows])} |")
     if theirs:
-        other = [row["seconds"] for row in theirs]
-        print(f"| TRL | {show(other)} | {statistics.fmean(row['tokens'] for row in theirs):.0f} |")
-        print(f"\nratio of medians: {statistics.median(mine) / statistics.median(other):.2f}")
-    parts = {name: [row[f"seconds_{name}"] for row in ours] for name in ("sampling", "verifying", "training")}
-    print("\nof our step: " + ", ".join(f"{name} {show(values)}" for name, values in parts.items()))
+        ratio = statistics.median(ours) / statistics.median(theirs)
+        print(f"| TRL | {show(theirs)} |\n\nours / TRL: {ratio:.2f}")
+
+
+def some_prompts(tokenizer) -> list[list[int]]:
+    problems = load_problems("arithmetic")[:8]
+    return [encode_prompt(tokenizer, row["problem"]) for row in problems]
+
+
+def our_rate(model, tokenizer, prompts, seed: int) -> float:
+    """Tokens per second of common/sampling.py."""
+    started = time.perf_counter()
+    lengths = sample(model, tokenizer, prompts, 16, 80, seed=seed).lengths
+    return int(lengths.sum()) / (time.perf_counter() - started)
+
+
+def generate_rate(model, tokenizer, prompts, seed: int) -> float:
+    """The same of model.generate."""
+    width = max(len(prompt) for prompt in prompts)
+    ids, seen = [], []
+    for prompt in prompts:
+        padding = width - len(prompt)
+        ids.append([tokenizer.pad_token_id] * padding + prompt)
+        seen.append([0] * padding + [1] * len(prompt))
+    torch.manual_seed(seed)
+    started = time.perf_counter()
+    with torch.inference_mode():
+        whole = model.generate(
+            torch.tensor(ids), attention_mask=torch.tensor(seen), do_sample=True, top_k=0,
+            top_p=1.0, temperature=1.0, max_new_tokens=80, num_return_sequences=16)
+    elapsed = time.perf_counter() - started
+    answers = whole[:, width:]
+    ended = (answers == tokenizer.eos_token_id).int()
+    lengths = torch.where(ended.any(1), ended.argmax(1) + 1, answers.shape[1])
+    return int(lengths.sum()) / elapsed
 
 
 def against_generate(rounds: int) -> None:
-    model, tokenizer = load_model("tiny"), load_tokenizer("tiny")
-    prompts = [row["prompt"] for row in encode_prompts(tokenizer, load_problems("arithmetic")[:8], "", False, 400)]
-    width = max(map(len, prompts))
-    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + p for p in prompts])
-    seen = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    rates = {"sample()": [], "model.generate": []}
-    for r in range(rounds + 1):
-        started = time.perf_counter()
-        tokens = int(sample(model, tokenizer, prompts, 16, 80, seed=r).lengths.sum())
-        ours = tokens / (time.perf_counter() - started)
-        torch.manual_seed(r)
-        started = time.perf_counter()
-        with torch.inference_mode():
-            out = model.generate(ids, attention_mask=seen, do_sample=True, top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=80,
-                                 num_return_sequences=16)[:, width:]
-        elapsed = time.perf_counter() - started
-        ended = (out == tokenizer.eos_token_id).int()
-        lengths = torch.where(ended.any(1), ended.argmax(1) + 1, out.shape[1])
-        if r:  # the first round warms up
-            rates["sample()"].append(ours)
-            rates["model.generate"].append(int(lengths.sum()) / elapsed)
-    print("\n| sampling, tokens/s | median (lowest to highest) |\n| --- | --- |")
-    for name, values in rates.items():
-        print(f"| {name} | {statistics.median(values):.0f} ({min(values):.0f} to {max(values):.0f}) |")
-    print(f"\nratio of medians: {statistics.median(rates['sample()']) / statistics.median(rates['model.generate']):.2f}")
+    model, tokenizer = load_model(ARGS), load_tokenizer("tiny")
+    prompts = some_prompts(tokenizer)
+    ours, theirs = [], []
+    for seed in range(rounds + 1):
+        ours.append(our_rate(model, tokenizer, prompts, seed))
+        theirs.append(generate_rate(model, tokenizer, prompts, seed))
+    ours, theirs = ours[1:], theirs[1:]  # the first round warms up
+    print("\n| sampling | tokens/s (lowest to highest) |\n| --- | --- |")
+    print(f"| common/sampling.py | {show(ours, 0)} |\n| model.generate | {show(theirs, 0)} |")
+    print(f"\nours / generate: {statistics.median(ours) / statistics.median(theirs):.2f}")
 
 
 def phases(rounds: int) -> None:
-    """What bupo.py trains in its first phase, block 5 of 8, against the whole model: forward and backward of the same answers."""
-    model, tokenizer = load_model("tiny"), load_tokenizer("tiny")
-    prompts = [row["prompt"] for row in encode_prompts(tokenizer, load_problems("arithmetic")[:8], "", False, 400)]
-    seconds = {5: [], None: []}
-    for r in range(rounds + 1):
-        rollout = sample(model, tokenizer, prompts, 16, 80, seed=r)
-        for layer, found in seconds.items():
+    """BuPO's first phase, block 5 of 8, against the whole model, on the same answers."""
+    model, tokenizer = load_model(ARGS), load_tokenizer("tiny")
+    prompts = some_prompts(tokenizer)
+    seconds = {"block 5 of 8": [], "the whole model": []}
+    for seed in range(rounds + 1):
+        rollout = sample(model, tokenizer, prompts, 16, 80, seed=seed)
+        for name, found in seconds.items():
+            trunk = first_blocks(model, 5) if name.startswith("block") else None
             started = time.perf_counter()
-            for m in micro_batches(torch.arange(len(rollout.lengths)), rollout, 1024):
-                (response_logprobs(model, rollout[m], layer=layer)[0].sum() / 1e4).backward()
+            for part in micro_batches(rollout, torch.arange(len(rollout.lengths)), 1024):
+                logp = response_logprobs(model, rollout[part], trunk=trunk)
+                logp.sum().backward()
             found.append(time.perf_counter() - started)
-    first, whole = seconds[5][1:], seconds[None][1:]
-    print("\n| training on the same answers, seconds | median (lowest to highest) |\n| --- | --- |")
-    print(f"| the policy of block 5 of 8 | {show(first)} |\n| the whole model's | {show(whole)} |")
-    print(f"\nratio of medians: {statistics.median(first) / statistics.median(whole):.2f}")
-
-
-def growth() -> None:
-    """Random weights, whose answers seldom end: group size, length and width, one changed at a time."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-    tokenizer = load_tokenizer("tiny")
-    prompts = [row["prompt"] for row in encode_prompts(tokenizer, load_problems("arithmetic")[:8], "", False, 400)]
-    print("\n| width | answers a problem | tokens an answer, at most | tokens | sampling, s | training, s | ms a token |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for width, group, length in ((96, 8, 80), (96, 16, 80), (96, 32, 80), (96, 16, 40), (96, 16, 160), (96, 16, 320), (192, 16, 80),
-                                 (384, 16, 80)):
-        config = AutoConfig.from_pretrained(TINY)
-        config.hidden_size, config.intermediate_size = width, config.intermediate_size * width // 96
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config)
-        model.generation_config.eos_token_id = None
-        seconds = {"sampling": [], "training": []}
-        for r in range(3):
-            started = time.perf_counter()
-            rollout = sample(model, tokenizer, prompts, group, length, seed=r)
-            seconds["sampling"].append(time.perf_counter() - started)
-            started = time.perf_counter()
-            for m in micro_batches(torch.arange(len(rollout.lengths)), rollout, 1024):
-                (response_logprobs(model, rollout[m])[0].sum() / 1e4).backward()
-            seconds["training"].append(time.perf_counter() - started)
-        s, t, tokens = *(statistics.median(values) for values in seconds.values()), int(rollout.lengths.sum())
-        print(f"| {width} | {group} | {length} | {tokens} | {s:.2f} | {t:.2f} | {1000 * (s + t) / tokens:.3f} |", flush=True)
+    print("\n| training on a rollout | seconds (lowest to highest) |\n| --- | --- |")
+    for name, found in seconds.items():
+        print(f"| {name} | {show(found[1:])} |")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--only", choices=("trl", "generate", "phases", "growth"))
     args = parser.parse_args()
-    logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    if args.only in (None, "trl"):
-        against_trl(args.turns)
-    if args.only in (None, "generate"):
-        against_generate(10)
-    if args.only in (None, "phases"):
-        phases(10)
-    if args.only in (None, "growth"):
-        growth()
+    against_generate(3 * args.turns)
+    against_trl(args.turns)
+    phases(3 * args.turns)
 
 
 if __name__ == "__main__":
