@@ -29,6 +29,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from common.data import batch_of
@@ -73,7 +74,9 @@ def grpo_loss(logp, old_logp, advantages, mask, clip_low=0.2, clip_high=0.2, den
     ratio = (logp - old_logp).clamp(-20, 20).exp()                      # (B, T)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)                  # (B, T)
     surrogate = torch.minimum(ratio * A, clipped * A)                   # (B, T), eq. 9
-    cut = ((A > 0) & (ratio > 1 + clip_high)) | ((A < 0) & (ratio < 1 - clip_low))
+    too_high = (A > 0) & (ratio > 1 + clip_high)                        # (B, T)
+    too_low = (A < 0) & (ratio < 1 - clip_low)                          # (B, T)
+    cut = too_high | too_low
     loss = -(surrogate * mask / denominator).sum()
     return loss, {"clip_fraction": (cut * mask / denominator).sum().item()}
 
@@ -148,14 +151,22 @@ def main(argv=None):
 
         # 1. Sample a group of answers to each problem.
         problems = share(batch_of(run.train, step, args.prompts_per_step, args.seed))  # P rows
-        rollout = sample(model, run.tokenizer, run.encode(problems), args.group_size,
-                         args.max_new_tokens, args.temperature, seed=args.seed * 100_000 + step)
+        prompts = run.encode(problems)
+        rollout = sample(
+            model, run.tokenizer, prompts,
+            n=args.group_size,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            seed=args.seed * 100_000 + step)                                           # B answers
         run.lap("sampling")
 
         # 2. Reward them. An answer that was cut off is wrong, here and in evaluation.
-        rewards = [reward_of(text, problems[i // args.group_size])
-                   for i, text in enumerate(rollout.texts)]                            # B floats
-        rewards = torch.tensor(rewards, device=model.device) * rollout.finished        # (B,)
+        rewards = []
+        for i, text in enumerate(rollout.texts):
+            row = problems[i // args.group_size]
+            rewards.append(float(reward_of(text, row)))
+        rewards = torch.tensor(rewards, device=model.device)                           # (B,)
+        rewards = rewards * rollout.finished
         rewards = rewards.view(-1, args.group_size)                                    # (P, G)
         run.lap("verifying")
 
@@ -168,23 +179,28 @@ def main(argv=None):
         useful = advantages != 0                                                       # (B,)
         old_logp = None
         if args.updates_per_rollout > 1:
-            old_logp = old_logprobs(model, rollout, all_rows[useful], args.micro_batch_tokens,
-                                    args.temperature, trunk)                           # (B, T)
+            old_logp = old_logprobs(
+                model, rollout, all_rows[useful], args.micro_batch_tokens,
+                args.temperature, trunk)                                               # (B, T)
 
         # 5. Update: the gradients of all micro-batches add up to one step of the optimiser.
-        parts, grad_norms = [], []
+        parts = []
+        grad_norms = []
         for rows in all_rows.chunk(args.updates_per_rollout):
             num_tokens = total(rollout.lengths[rows].sum())
-            for part in micro_batches(rollout, rows[useful[rows]], args.micro_batch_tokens):
+            kept = rows[useful[rows]]
+            for part in micro_batches(rollout, kept, args.micro_batch_tokens):
                 batch = rollout[part]                                                  # b answers
                 logp = response_logprobs(model, batch, args.temperature, trunk)        # (b, T)
                 old = logp.detach() if old_logp is None else old_logp[part]            # (b, T)
-                loss, metrics = grpo_loss(logp, old, advantages[part], batch.mask, args.clip_low,
-                                          args.clip_high, num_tokens)
+                loss, metrics = grpo_loss(
+                    logp, old, advantages[part], batch.mask,
+                    args.clip_low, args.clip_high, num_tokens)
                 loss.backward()
-                gap = largest_gap(old, batch) if trunk is None else 0.0
-                parts.append({"loss": loss.item(), "gap_max": gap, **metrics})
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+                metrics["loss"] = loss.item()
+                metrics["gap_max"] = largest_gap(old, batch) if trunk is None else 0.0
+                parts.append(metrics)
+            grad_norm = clip_grad_norm_(model.parameters(), 1.0).item()
             if math.isfinite(grad_norm):
                 optimizer.step()
             optimizer.zero_grad()

@@ -28,6 +28,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch.nn.utils import clip_grad_norm_
 
 from common.data import batch_of
 from common.distributed import share, total
@@ -143,14 +144,22 @@ def main(argv=None):
     for step in range(run.begin(optimizer=optimizer), args.steps):
         # 1. Sample a group of answers to each problem.
         problems = share(batch_of(run.train, step, args.prompts_per_step, args.seed))  # P rows
-        rollout = sample(model, run.tokenizer, run.encode(problems), args.group_size,
-                         args.max_new_tokens, args.temperature, seed=args.seed * 100_000 + step)
+        prompts = run.encode(problems)
+        rollout = sample(
+            model, run.tokenizer, prompts,
+            n=args.group_size,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            seed=args.seed * 100_000 + step)                                           # B answers
         run.lap("sampling")
 
         # 2. Reward them. An answer that was cut off is wrong, here and in evaluation.
-        rewards = [reward_of(text, problems[i // args.group_size])
-                   for i, text in enumerate(rollout.texts)]                            # B floats
-        rewards = torch.tensor(rewards, device=model.device) * rollout.finished        # (B,)
+        rewards = []
+        for i, text in enumerate(rollout.texts):
+            row = problems[i // args.group_size]
+            rewards.append(float(reward_of(text, row)))
+        rewards = torch.tensor(rewards, device=model.device)                           # (B,)
+        rewards = rewards * rollout.finished
         rewards = rewards.view(-1, args.group_size)                                    # (P, G)
         run.lap("verifying")
 
@@ -163,22 +172,28 @@ def main(argv=None):
         useful = advantages != 0                                                       # (B,)
         old_logp = None
         if args.updates_per_rollout > 1:
-            old_logp = old_logprobs(model, rollout, all_rows[useful], args.micro_batch_tokens,
-                                    args.temperature)                                  # (B, T)
+            old_logp = old_logprobs(
+                model, rollout, all_rows[useful], args.micro_batch_tokens,
+                args.temperature)                                                      # (B, T)
 
         # 5. Update: the gradients of all micro-batches add up to one step of the optimiser.
-        parts, grad_norms = [], []
+        parts = []
+        grad_norms = []
         for rows in all_rows.chunk(args.updates_per_rollout):
             num_tokens = total(rollout.lengths[rows].sum())
-            for part in micro_batches(rollout, rows[useful[rows]], args.micro_batch_tokens):
+            kept = rows[useful[rows]]
+            for part in micro_batches(rollout, kept, args.micro_batch_tokens):
                 batch = rollout[part]                                                  # b answers
                 logp = response_logprobs(model, batch, args.temperature)               # (b, T)
                 old = logp.detach() if old_logp is None else old_logp[part]            # (b, T)
-                loss, metrics = atr_grpo_loss(logp, old, advantages[part], batch.mask, args.delta,
-                                              args.measure, num_tokens)
+                loss, metrics = atr_grpo_loss(
+                    logp, old, advantages[part], batch.mask,
+                    args.delta, args.measure, num_tokens)
                 loss.backward()
-                parts.append({"loss": loss.item(), "gap_max": largest_gap(old, batch), **metrics})
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+                metrics["loss"] = loss.item()
+                metrics["gap_max"] = largest_gap(old, batch)
+                parts.append(metrics)
+            grad_norm = clip_grad_norm_(model.parameters(), 1.0).item()
             if math.isfinite(grad_norm):
                 optimizer.step()
             optimizer.zero_grad()

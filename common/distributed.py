@@ -71,7 +71,7 @@ def everyone(x) -> list:
 
 
 def shard(root, blocks, device, dtype, float32_parts=()) -> None:
-    """Splits a module's weights over the ranks, in place: trained ones in float32, compute in dtype.
+    """Splits a module's weights over the ranks: trained ones in float32, compute in dtype.
 
     blocks: submodules that are gathered one by one when they run; the rest is gathered together.
     float32_parts: submodules that compute in float32. Gradients are summed, not averaged.

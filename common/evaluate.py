@@ -1,4 +1,4 @@
-"""How good is a model: Avg@k with its standard error, and unbiased Pass@k, on problems with answers.
+"""How good is a model: Avg@k with its standard error, and unbiased Pass@k.
 
     python -m common.evaluate --model tiny                        # held-out arithmetic
     python -m common.evaluate --model runs/bupo --data problems.jsonl --k 16 --output answers.jsonl
@@ -21,6 +21,7 @@ from common.flags import BOXED, BadInput, exit_on_bad_input, flag, load_reward, 
 from common.models import causal_lm, load_model, load_tokenizer
 from common.sampling import sample
 from common.verify import verify
+
 
 def pass_at_k(n: int, c: int, k: int) -> float:
     """Chance that k answers, drawn without replacement from n of which c are right, hold a right

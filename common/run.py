@@ -35,13 +35,18 @@ SAVES = 10   # checkpoints in a run, evenly spaced; the last one stays
 
 
 class Run:
-    """Public: args, model, tokenizer, train and held_out (rows), folder, summary, rows (metrics)."""
+    """Public: args, model, tokenizer, train and held_out (rows), folder, summary, rows."""
 
     def __init__(self, name: str, args, reward):
         """Loads and checks everything. reward(text, row) rates held-out answers. BadInput."""
-        self.name, self.args, self.reward = name, args, reward
+        self.name = name
+        self.args = args
+        self.reward = reward
         self.folder = pathlib.Path(args.resume or args.output or f"runs/{name}")
-        self.summary, self.rows, self.seconds, self.warned = {}, [], {}, set()
+        self.summary = {}
+        self.rows = []       # of metrics
+        self.seconds = {}    # of this step, by part
+        self.warned = set()
         self.made = args.resume is not None
         if args.resume:
             self.check_resumed()
@@ -77,14 +82,16 @@ class Run:
 
     def describe(self) -> None:
         """Prints model, data, the decoded first prompt, memory."""
-        args, lm = self.args, causal_lm(self.model)
+        args = self.args
+        lm = causal_lm(self.model)
         weights = list(self.model.parameters())
         numel = sum(p.numel() for p in weights) / 1e6
         trained = sum(p.numel() for p in weights if p.requires_grad) / 1e6
         first = self.train[0]
         prompt = self.encode([first])[0]
-        print(f"model: {args.model}, {lm.config.model_type}, {numel:.2f} M parameters ({trained:.2f}"
-              f" M trained), {lm.config.num_hidden_layers} blocks, {lm.compute_dtype} on {lm.device}")
+        print(f"model: {args.model}, {lm.config.model_type}, {numel:.2f} M parameters "
+              f"({trained:.2f} M trained), {lm.config.num_hidden_layers} blocks, "
+              f"{lm.compute_dtype} on {lm.device}")
         print(f"data:  {args.data}, {len(self.train)} problems to train on, "
               f"{len(self.held_out)} held out")
         print(f"first prompt ({len(prompt)} tokens): {self.tokenizer.decode(prompt)!r} "
@@ -199,7 +206,7 @@ class Run:
                  "alike: lower --lr"),
                 (row.get("gap_max", 0) > gap, f"sampler and trainer differ by over {gap} nats on a "
                  "token: what is trained is not what was sampled"),
-                (row.get("skipped", 0) > 0, "a gradient was not finite, so its update was left out")):
+                (row.get("skipped", 0) > 0, "a gradient was not finite, its update was left out")):
             if seen and note not in self.warned:
                 self.warned.add(note)
                 tqdm.write(f"note: step {row['step']}: {note}")
@@ -221,7 +228,8 @@ class Run:
             return
         weights = {name: p.data for name, p in self.model.named_parameters() if p.requires_grad}
         parts = {name: part.state_dict() for name, part in self.parts.items()}
-        state = whole({"step": step, "data": self.fingerprint(), "weights": weights, "parts": parts})
+        state = {"step": step, "data": self.fingerprint(), "weights": weights, "parts": parts}
+        state = whole(state)
         if rank() == 0:
             place = self.folder / "checkpoint.pt"
             try:
@@ -251,7 +259,7 @@ class Run:
             self.rows = [json.loads(line) for line in lines[:step]]
         except Exception as error:  # a damaged file fails in any way it likes
             reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-            raise BadInput(f"--resume {self.folder}: it cannot be gone on with, {reason}") from error
+            raise BadInput(f"--resume {self.folder}: cannot be gone on with, {reason}") from error
         if step > self.args.steps:
             raise BadInput(f"--steps {self.args.steps}: {step} are done already")
         print(f"going on from step {step} of {self.args.steps} in {self.folder}")
@@ -286,8 +294,12 @@ class Run:
         """model/, an ordinary save_pretrained folder, or adapters in peft's format and merged/."""
         adapters = hasattr(self.model, "peft_config")
         dtype = causal_lm(self.model).compute_dtype
-        state = {name: weight.to(dtype) for name, weight in self.model.state_dict().items()
-                 if "lora_" in name or not adapters}
+        tied = self.model.config.tie_word_embeddings
+        state = {}
+        for name, weight in self.model.state_dict().items():
+            copied = name == "lm_head.weight" and tied
+            if "lora_" in name or not adapters and not copied:
+                state[name] = weight.to(dtype)
         state = whole(state)
         if rank() > 0:
             return
@@ -331,7 +343,7 @@ def write_whole(path: pathlib.Path, text: str) -> None:
 
 
 def load_part(part, state: dict) -> None:
-    """load_state_dict where tensors may be split over ranks; learning rates stay as they are now."""
+    """load_state_dict where tensors may be split over ranks; learning rates stay as they are."""
     now = part.state_dict()
     if isinstance(part, torch.optim.Optimizer):
         weights = [p for group in part.param_groups for p in group["params"]]

@@ -198,7 +198,7 @@ def log_softmax(scores: torch.Tensor, temperature: float) -> torch.Tensor:
 
 
 def weaken(scores: torch.Tensor, said: torch.Tensor, penalty: float) -> torch.Tensor:
-    """Scores (R, V) with those of tokens said (R, V) divided by the penalty, or, below 0, times it."""
+    """Scores (R, V), of the tokens said (R, V) divided by the penalty, or times it if below 0."""
     weaker = torch.where(scores > 0, scores / penalty, scores * penalty)
     return torch.where(said, weaker, scores)
 
