@@ -206,7 +206,7 @@ def sample_traces(run) -> list[tuple]:
         rows, place = read_sampled(path, problems, settings, batch)
     missing = range(len(rows), len(problems), batch)
     teacher = load_model(args, trained=False, name=args.teacher) if missing else None
-    run.make_folder()  # nothing is refused from here on
+    run.make_folder()  # all flags have been checked
     path = pathlib.Path(args.traces_out or run.folder / "traces.jsonl")
 
     # Ask.
