@@ -237,8 +237,8 @@ def check_head(model) -> None:
         plain = (hidden @ lm.lm_head.weight.T).float().log_softmax(-1)             # (1, 8, V)
     gap = (own - plain).abs().max().item()
     if not gap < (1e-3 if compute_dtype(model) == torch.float32 else 0.5):
-        raise BadInput(f"{type(lm).__name__} is not supported: its forward differs by {gap:.2g} nats "
-                       "from its states times its unembedding (a scale, a cap or a bias)")
+        raise BadInput(f"{type(lm).__name__} is not supported: its forward differs by {gap:.2g} "
+                       "nats from its states times its unembedding (a scale, a cap or a bias)")
 
 
 def memory_estimate(model, rows: int, tokens: int, micro_batch_tokens: int) -> str:
