@@ -10,7 +10,7 @@ answers of its own and every number is a mean over answer tokens. Un-normed entr
 a stream is with what it says, so beside each number stands its control: the same stream through
 the final norm (the logit lens), and its size.
 
-A token costs (10 L + 2) * 2 D V FLOPs, far more than the blocks themselves: --tokens pools some.
+A token costs 12 L * 2 D V FLOPs, far more than the blocks themselves: --tokens pools some.
 Axes: B answers, S prompt and answer tokens, N tokens in a row, L blocks, V vocabulary, D width.
 """
 import copy
@@ -21,7 +21,6 @@ import sys
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 
 from analysis.plot import DASHES, pyplot
 from common.data import drop_long_prompts, encode_prompt, load_problems
@@ -57,14 +56,18 @@ def stream_means(lm, x: torch.Tensor, chunk: int) -> dict[str, float]:
     """A stream (N, D) -> means over its tokens of three quantities, `chunk` tokens at a time."""
     sums = {"entropy": 0.0, "final_norm": 0.0, "l2_norm": 0.0}
     for piece in x.split(chunk):
-        sums["entropy"] += entropy(lm.lm_head(piece)).sum().item()                      # eq. 7
-        sums["final_norm"] += entropy(lm.lm_head(lm.model.norm(piece))).sum().item()
+        own = entropy(lm.lm_head(piece))                                        # (n,), eq. 7
+        normed = entropy(lm.lm_head(lm.model.norm(piece)))                      # (n,)
+        sums["entropy"] += own.sum().item()
+        sums["final_norm"] += normed.sum().item()
         sums["l2_norm"] += piece.float().norm(dim=-1).sum().item()
-    return {name: total / len(x) for name, total in sums.items()}
+    return {name: value / len(x) for name, value in sums.items()}
 
 
 def mean_cosine(x: torch.Tensor, y: torch.Tensor) -> float:
-    return torch.cosine_similarity(x.float(), y.float(), dim=-1).mean().item()
+    """(N, D) x2 -> scalar."""
+    cosine = torch.cosine_similarity(x.float(), y.float(), dim=-1)              # (N,)
+    return cosine.mean().item()
 
 
 def internal_view(model, input_ids, attention_mask, mask, chunk: int | None = None) -> dict:
@@ -81,31 +84,25 @@ def internal_view(model, input_ids, attention_mask, mask, chunk: int | None = No
     lm = causal_lm(model)
     if not hasattr(lm.model, "norm"):
         raise BadInput(f"{type(lm).__name__} is not supported: it has no model.norm")
-    chunk = chunk or max(1, 2**24 // lm.lm_head.weight.shape[0])
+    V = len(lm.lm_head.weight)
+    chunk = chunk or max(1, 2**24 // V)
     blocks = []
-    cosines = []
 
     def visit(streams):
+        attn, before = streams["attn_out"], streams["layer_in"]                 # (N, D) each
         means = {}
-        for name, x in streams.items():
-            if name == "layer_in" and blocks:  # what the block below has put out
-                means[name] = blocks[-1]["layer_out"]
-            else:
-                means[name] = stream_means(lm, x, chunk)
+        for stream, x in streams.items():
+            for quantity, value in stream_means(lm, x, chunk).items():
+                means[quantity, stream] = value
+        means["cosine", "attn"] = mean_cosine(attn, before)
+        means["cosine", "ffn"] = mean_cosine(streams["ffn_out"], before + attn)
         blocks.append(means)
-        middle = streams["layer_in"] + streams["attn_out"]                      # (N, D)
-        cosines.append({"attn": mean_cosine(streams["attn_out"], streams["layer_in"]),
-                        "ffn": mean_cosine(streams["ffn_out"], middle)})
 
     block_streams(model, input_ids, attention_mask, mask, visit)
     view = {}
-    for quantity in ("entropy", "final_norm", "l2_norm"):
-        view[quantity] = {}
-        for stream in blocks[0]:
-            view[quantity][stream] = torch.tensor([block[stream][quantity] for block in blocks])
-    view["cosine"] = {}
-    for module in ("attn", "ffn"):
-        view["cosine"][module] = torch.tensor([cosine[module] for cosine in cosines])
+    for quantity, stream in blocks[0]:
+        values = [block[quantity, stream] for block in blocks]
+        view.setdefault(quantity, {})[stream] = torch.tensor(values)
     return view
 
 
@@ -117,20 +114,21 @@ def rollout_view(model, rollout, budget: int, tokens: int = 0, seed: int = 0) ->
     total = int(rollout.lengths.sum())
     pooled = min(tokens or total, total)
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randperm(total, generator=generator) < pooled                 # (all tokens,)
-    drawn = drawn.split(rollout.lengths.tolist())                               # B of (T_i,)
-    rows = torch.tensor([row for row in range(len(drawn)) if drawn[row].any()])
-    sizes = []
-    for prompt, length in zip(rollout.prompts, rollout.lengths.tolist(), strict=True):
-        sizes.append(len(prompt) + length)
+    drawn = torch.randperm(total, generator=generator) < pooled                 # (total,)
+    inside = rollout.mask.bool()                                                # (B, T)
+    chosen = torch.zeros_like(inside)                                           # (B, T)
+    chosen[inside] = drawn.to(inside.device)
+    rows = chosen.any(1).nonzero()[:, 0]                                        # (R,)
+    prompts = torch.tensor([len(prompt) for prompt in rollout.prompts])         # (B,)
+    longest = int((prompts + rollout.lengths.cpu()).max())
     view = {}
-    for part in tqdm(rows.split(max(1, budget // max(sizes))), "reading blocks", leave=False):
-        batch = rollout[part.to(rollout.tokens.device)]
+    for part in rows.split(max(1, budget // longest)):
+        batch = rollout[part]
         ids, predicts = join(batch.prompts, batch.tokens, batch.lengths)        # (b, S) each
-        chosen = torch.cat([drawn[row] for row in part.tolist()])               # (n,)
-        predicts[predicts.clone()] = chosen.to(predicts.device)
-        share = chosen.sum().item() / pooled
-        for quantity, streams in internal_view(model, ids, None, predicts).items():
+        predicts[predicts.clone()] = chosen[part][inside[part]]
+        share = predicts.sum().item() / pooled
+        found = internal_view(model, ids, None, predicts)
+        for quantity, streams in found.items():
             sums = view.setdefault(quantity, {})
             for name, values in streams.items():
                 sums[name] = sums.get(name, 0.0) + share * values
@@ -198,12 +196,14 @@ def draw(views: dict[str, dict], folder: pathlib.Path) -> None:
     found = {name: panels(view) for name, view in views.items()}
     for figure_name, titles in next(iter(found.values())).items():
         columns = len(titles) // 2
-        figure, axes = plt.subplots(2, columns, figsize=(6 * columns, 8), constrained_layout=True)
+        size = (6 * columns, 8)
+        figure, axes = plt.subplots(2, columns, figsize=size, constrained_layout=True)
         for axis, title in zip(axes.flat, titles, strict=True):
             for number, (name, figures) in enumerate(found.items()):
                 values = figures[figure_name][title].tolist()
                 look = {"color": f"C{number % 10}", "linestyle": DASHES[number % 4]}
-                axis.plot(range(1, len(values) + 1), values, marker="o", label=name, **look)
+                blocks = range(1, len(values) + 1)
+                axis.plot(blocks, values, marker="o", label=name, **look)
             axis.set_title(title, fontsize=13)
             axis.set_xlabel("block", fontsize=12)
             axis.locator_params(axis="x", integer=True)
@@ -249,8 +249,8 @@ def look_at(name: str, model, tokenizer, prompts: list[list[int]], args) -> dict
     print(f"\n{name}: first prompt {tokenizer.decode(prompts[0])!r}")
     if args.sample_layer:
         part = layer_policy(model, args.sample_layer)
-        said = sample(part, tokenizer, prompts[:3], 2, min(args.max_new_tokens, 64),
-                      seed=args.seed, alone=True)
+        longest = min(args.max_new_tokens, 64)
+        said = sample(part, tokenizer, prompts[:3], 2, longest, seed=args.seed, alone=True)
         print(f"block {args.sample_layer} says, to the first {len(prompts[:3])} prompts:")
         for text in said.texts:
             print(f"   {text!r}")
@@ -259,21 +259,23 @@ def look_at(name: str, model, tokenizer, prompts: list[list[int]], args) -> dict
     total = int(rollout.lengths.sum())
     pooled = min(args.tokens or total, total)
     L = causal_lm(model).config.num_hidden_layers
-    price = (10 * L + 2) * 2 * D * V * pooled / 1e12
+    price = 12 * L * 2 * D * V * pooled / 1e12
     print(f"{len(prompts)} answers, {pooled} of their {total} tokens pooled: {price:.3g} TFLOP; "
           f"ln V {math.log(V):.3f} nats")
     view = rollout_view(model, rollout, args.micro_batch_tokens, args.tokens, args.seed)
     print_view(view)
-    return {"answers": len(prompts), "tokens": pooled, "vocabulary": V, **view}
+    found = {kind: boundaries(view[kind]) for kind in TITLES}
+    counts = {"answers": len(prompts), "tokens": pooled, "vocabulary": V}
+    return {**counts, **view, "boundary": found}
 
 
-def as_lists(view: dict) -> dict:
-    """A view as JSON keeps it, with the boundaries."""
-    found = dict(view)
-    for quantity in ("entropy", "final_norm", "l2_norm", "cosine"):
-        found[quantity] = {stream: values.tolist() for stream, values in view[quantity].items()}
-    found["boundary"] = {kind: boundaries(view[kind]) for kind in TITLES}
-    return found
+def as_lists(x):
+    """Tensors in nested dicts -> lists, for JSON."""
+    if torch.is_tensor(x):
+        return x.tolist()
+    if isinstance(x, dict):
+        return {name: as_lists(value) for name, value in x.items()}
+    return x
 
 
 @exit_on_bad_input
@@ -281,7 +283,7 @@ def main(argv=None):
     names, rest = several_models(sys.argv[1:] if argv is None else argv)
     args = parse_args(Args, REAL, __doc__, rest)
     folder = pathlib.Path(args.output)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    if folder.is_file() or any(folder.glob("*")):
         raise BadInput(f"--output {folder}: holds something already; choose another folder")
     problems = load_problems(args.data, "test", True, args.seed, args.samples)
     ready = {}
@@ -303,7 +305,7 @@ def main(argv=None):
     if rank() > 0:
         return
     flags = {**vars(args), "model": names}
-    saved = {"flags": flags, "models": {name: as_lists(view) for name, view in views.items()}}
+    saved = as_lists({"flags": flags, "models": views})
     (folder / "entropies.json").write_text(json.dumps(saved, indent=1))
     draw(views, folder)
     print(f"\nwritten: {folder}/entropies.json, flow.png, changes.png, cosines.png")

@@ -151,15 +151,15 @@ def test_toy_by_hand():
 
 
 def test_price_and_memory():
-    """Five tokens meet the vocabulary 10 L + 2 = 42 times, never more than a chunk of two at once,
-    in one forward pass."""
+    """Five tokens meet the vocabulary 12 L = 48 times, never more than a chunk of two at once, in
+    one forward pass."""
     model = random_model()
     rows = []
     passes = []
     model.lm_head.register_forward_hook(lambda _m, args, _o: rows.append(len(args[0])))
     model.model.layers[0].register_forward_hook(lambda *_: passes.append(1))
     internal.internal_view(model, IDS, None, MASK, chunk=2)
-    assert sum(rows) == 5 * 42
+    assert sum(rows) == 5 * 48
     assert max(rows) == 2
     assert len(passes) == 1
 

@@ -6,7 +6,7 @@
 The second reads 32 answers of 256 tokens and pools 128 tokens of them. Qwen3-0.6B's shapes, random
 weights, float32; random tokens stand for the answers, so nothing is sampled. Each case is a fresh
 process with one thread; "before" is its memory with the model loaded and nothing read yet. The
-price is the unembedding, (10 L + 2) * 2 D V FLOPs per pooled token: linear in tokens and in blocks,
+price is the unembedding, 12 L * 2 D V FLOPs per pooled token: linear in tokens and in blocks,
 but slower below a chunk of 2^24 logits (110 tokens here), which shares one reading of E. Memory
 grows to a chunk and is flat from there, in blocks too but for the weights. What would take hours is
 computed from the slowest and the fastest row, and called an extrapolation.
@@ -35,7 +35,7 @@ def peak_gib() -> float:
 
 
 def gflop_per_token(blocks: int) -> float:
-    return (10 * blocks + 2) * 2 * D * V / 1e9
+    return 12 * blocks * 2 * D * V / 1e9
 
 
 def random_rollout(answers: int, length: int) -> Rollout:
