@@ -1,6 +1,7 @@
 """What the *_results.py stand on: runs of the algorithm files as they are, watched from outside.
 
-    results = runs("bupo", {"GRPO": Arm("grpo.py", "--steps 32")}, seeds=5, workers=2)
+    args = arguments(__doc__, seeds=5)                        # --seeds, --workers, --more
+    results = runs("bupo", {"GRPO": Arm("grpo.py", "--steps 32")}, args)
 
 A run lives in runs/analysis/<experiment>/<arm>-<seed>. One that is finished is read and not
 repeated, so a stopped experiment goes on.
