@@ -30,7 +30,7 @@ SMALL = {
     bupo: f"{LOOP} --internal-steps 1",
     kl3_grpo: f"{LOOP} --updates-per-rollout 2",
     entropy_min: f"--steps 3 --group-size 8 {ANSWERS}",
-    long_cot_sft: f"--teacher-problems 12 --samples 2 --batch-size 8 --epochs 1 {ANSWERS}",
+    long_cot_sft: f"--teacher-problems 12 --samples 2 --batch-size 5 --epochs 1 {ANSWERS}",
     ppo: f"{LOOP} --updates-per-rollout 2",
 }
 CLOCKS = ("tokens_per_second", "peak_gb")  # and seconds: what differs between two equal runs
