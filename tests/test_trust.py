@@ -104,7 +104,8 @@ def test_a_kill_at_any_moment_changes_nothing(script, tmp_path):
     cut = tmp_path / "cut"
     run_and_kill(script, cut, common.run, "evaluate", 1)
     assert not (cut / "checkpoint.pt").exists()
-    run_and_kill(script, cut, script, "sample", 2)
+    called_once_per_step = "as_rollout" if script is long_cot_sft else "sample"
+    run_and_kill(script, cut, script, called_once_per_step, 2)
     run_and_kill(script, cut, torch, "save", 2)
     assert (cut / "checkpoint.tmp").exists() and (cut / "checkpoint.pt").exists()
     run_and_kill(script, cut, torch.nn.utils, "clip_grad_norm_", 1)
