@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from analysis import plot
-from common.run import Run, write_whole
+from common.run import Run
 
 plt = plot.pyplot()
 ROOT = pathlib.Path(__file__).parent.parent
@@ -77,7 +77,9 @@ class Watched(Run):
         if when == "before":
             names = [name for name in self.summary if name.endswith("_before") or name == "k"]
             known = {name: self.summary[name] for name in names}
-            write_whole(cache, json.dumps({"summary": known, "result": result}))
+            own = cache.with_name(self.folder.name + ".before")  # another run may write it as well
+            own.write_text(json.dumps({"summary": known, "result": result}))
+            own.replace(cache)
         return result
 
     def log(self, step, rollout=None, rewards=None, parts=(), grad_norms=(), **values):

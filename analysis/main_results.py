@@ -55,13 +55,16 @@ def line(results, name: str) -> list:
     if METHODS[name].start:  # whose seconds count too
         seconds += ex.mean(results.summary(METHODS[name].start, "seconds"))
     error = ex.standard_error(accuracy)
+    entropy = ""  # fine-tuning samples nothing
+    if "entropy" in results[name][0]["rows"][0]:
+        entropy = f"{ex.mean(results.metric(name, 'entropy', last=4)):.3f}"
     return [
         name,
         f"{ex.mean(accuracy):.3f} ± {error:.3f} ({min(accuracy):.3f} to {max(accuracy):.3f})",
         "" if name == "GRPO" else ex.paired(accuracy, results.accuracy("GRPO")),
         f"{ex.mean(results.pass_at(name, 8)):.3f}",
         f"{ex.mean(results.summary(name, 'length_after')):.0f}",
-        f"{ex.mean(results.metric(name, 'entropy', last=4)):.3f}",
+        entropy,
         f"{seconds:.0f}",
         METHODS[name].answers,
         METHODS[name].labels,
@@ -80,8 +83,8 @@ def all_methods(results, seeds: int) -> str:
         f"\nAvg@8: mean of 8 answers at temperature 1 to each of 1,024 held-out problems; mean of "
         f"{seeds} seeds ± its standard error (lowest to highest seed). All have the same problems; "
         f"one run's standard error over problems is {ex.mean(errors):.3f}. Entropy: nats per "
-        "token, last 4 steps (of the teacher's tokens for SFT). Seconds: of one core while another "
-        "run has the other, evaluation included.\n")
+        "token, last 4 steps. Seconds: of one core while another run has the other, evaluation "
+        "included.\n")
 
 
 def bupo_twice(results) -> str:
