@@ -89,7 +89,8 @@ def grpo_loss(logp, old_logp, advantages, mask, clip_low=0.2, clip_high=0.2, dua
     too_low = (A < 0) & (ratio < 1 - clip_low)                          # (B, T)
     cut = too_high | too_low
     if dual_clip is not None:
-        surrogate = torch.where(A < 0, torch.maximum(surrogate, dual_clip * A), surrogate)
+        bounded = torch.maximum(surrogate, dual_clip * A)               # (B, T)
+        surrogate = torch.where(A < 0, bounded, surrogate)
         cut = cut | ((A < 0) & (ratio > dual_clip))
     loss = -(surrogate * mask / denominator).sum()
     return loss, {"clip_fraction": (cut * mask / denominator).sum().item()}

@@ -34,6 +34,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.utils import clip_grad_norm_
 
 from common.data import batch_of
 from common.distributed import shard, share, size, total
@@ -178,7 +179,8 @@ def ppo_loss(logp, old_logp, advantages, mask, clip_low=0.2, clip_high=0.2, dual
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)                  # (B, T)
     surrogate = torch.minimum(ratio * A, clipped * A)                   # (B, T), eq. 7
     if dual_clip is not None:
-        surrogate = torch.where(A < 0, torch.maximum(surrogate, dual_clip * A), surrogate)
+        bounded = torch.maximum(surrogate, dual_clip * A)               # (B, T)
+        surrogate = torch.where(A < 0, bounded, surrogate)
     cut = surrogate != ratio * A                                        # (B, T), no gradient
     loss = -(surrogate * mask / denominator).sum()
     return loss, {"clip_fraction": (cut * mask / denominator).sum().item()}
@@ -192,7 +194,9 @@ def value_loss(values, old_values, returns, mask, clip=0.2, denominator=None):
     if denominator is None:
         denominator = mask.sum().clamp(min=1)
     held = old_values + (values - old_values).clamp(-clip, clip)        # (B, T)
-    larger = torch.maximum((values - returns).square(), (held - returns).square())
+    error = (values - returns).square()                                 # (B, T)
+    held_error = (held - returns).square()                              # (B, T)
+    larger = torch.maximum(error, held_error)                           # (B, T)
     return 0.5 * (larger * mask / denominator).sum()
 
 
@@ -236,8 +240,11 @@ def logp_and_values(model, critic, rollout, temperature=1.0):
         logp, _ = token_logprobs(states, weight, rollout.tokens[inside], temperature)  # (N,)
         if critic.trunk is not None:
             states = states_before_answers(model, rollout, critic.trunk)
+    values = critic(states)                                             # (N,)
     zeros = torch.zeros_like(rollout.mask)                              # (B, T)
-    return zeros.masked_scatter(inside, logp), zeros.masked_scatter(inside, critic(states))
+    logp = zeros.masked_scatter(inside, logp)
+    values = zeros.masked_scatter(inside, values)
+    return logp, values
 
 
 @dataclass
@@ -291,15 +298,23 @@ def main(argv=None):
     for step in range(first, args.steps):
         # 1. Sample a group of answers to each problem.
         problems = share(batch_of(run.train, step, args.prompts_per_step, args.seed))  # P rows
-        rollout = sample(model, run.tokenizer, run.encode(problems), args.group_size,
-                         args.max_new_tokens, args.temperature, seed=args.seed * 100_000 + step)
+        prompts = run.encode(problems)
+        rollout = sample(
+            model, run.tokenizer, prompts,
+            n=args.group_size,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            seed=args.seed * 100_000 + step)                                           # B answers
         all_rows = torch.arange(len(rollout.mask), device=model.device)                # (B,)
         run.lap("sampling")
 
         # 2. Rate them. An answer that was cut off is wrong, here and in evaluation.
-        correct = [reward_of(text, problems[i // args.group_size])
-                   for i, text in enumerate(rollout.texts)]                            # B floats
-        correct = torch.tensor(correct, device=model.device) * rollout.finished        # (B,)
+        correct = []
+        for i, text in enumerate(rollout.texts):
+            row = problems[i // args.group_size]
+            correct.append(float(reward_of(text, row)))
+        correct = torch.tensor(correct, device=model.device)                           # (B,)
+        correct = correct * rollout.finished
 
         # 3. Tokens get rewards: the last one the answer's, shaped by length, repeated ones another.
         outcome, repeated = token_rewards(args, rollout, correct.tolist())             # (B, T) x2
@@ -307,9 +322,10 @@ def main(argv=None):
         exceeded = rollout.lengths + args.margin >= args.max_new_tokens                # (B,)
         mask = rollout.mask                                                            # (B, T)
         num_answers = total(len(mask))
-        metrics = {"score": total(rewards.sum().item()) / num_answers,
-                   "exceeded": total(exceeded.sum().item()) / num_answers,
-                   "repeated": mean_and_variance(repeated, mask)[0].item()}
+        metrics = {}
+        metrics["score"] = total(rewards.sum().item()) / num_answers
+        metrics["exceeded"] = total(exceeded.sum().item()) / num_answers
+        metrics["repeated"] = mean_and_variance(repeated, mask)[0].item()
         if step == 0:  # else the trunk's first updates all go into this one number
             returns = discounted_returns(rewards, gammas, mask)                        # (B, T)
             critic.offset.copy_(mean_and_variance(returns, mask)[0])
@@ -324,8 +340,9 @@ def main(argv=None):
                     model, critic, rollout[part], args.temperature)
         if reference is not None:
             with reference() as initial:
-                ref_logp = old_logprobs(initial, rollout, all_rows, args.micro_batch_tokens,
-                                        args.temperature)                              # (B, T)
+                ref_logp = old_logprobs(
+                    initial, rollout, all_rows, args.micro_batch_tokens,
+                    args.temperature)                                                  # (B, T)
             log_ratio = old_logp - ref_logp                                            # (B, T)
             rewards = rewards - args.kl_coef * log_ratio / len(rewards)                # (M, B, T)
             metrics["kl"] = total(log_ratio.sum().item()) / num_answers
@@ -341,23 +358,32 @@ def main(argv=None):
 
         # 6. Update: the gradients of all micro-batches add up to one step of the optimisers. Means
         #    are per answer first, then over the answers of the update.
-        parts, grad_norms, critic_norms = [], [], []
+        parts = []
+        grad_norms = []
+        critic_norms = []
         for rows in all_rows.chunk(args.updates_per_rollout):
             for part in micro_batches(rollout, rows, args.micro_batch_tokens):
-                batch, old, before = rollout[part], old_logp[part], old_values[part]
+                batch = rollout[part]                                                  # b answers
+                old = old_logp[part]                                                   # (b, T)
+                before = old_values[part]                                              # (b, T)
                 logp, values = logp_and_values(model, critic, batch, args.temperature)  # (b, T)
                 divisor = total(len(rows)) * batch.lengths[:, None]                    # (b, 1)
-                loss, clipped = ppo_loss(logp, old, advantages[part], batch.mask, args.clip_low,
-                                         args.clip_high, args.dual_clip, divisor)
-                error = value_loss(values, before, returns[part], batch.mask, args.value_clip,
-                                   divisor)
+                loss, found = ppo_loss(
+                    logp, old, advantages[part], batch.mask,
+                    args.clip_low, args.clip_high, args.dual_clip, divisor)
+                error = value_loss(
+                    values, before, returns[part], batch.mask,
+                    args.value_clip, divisor)
                 (loss + value_coef * error).backward()
                 moved = (values - before).abs() > args.value_clip                      # (b, T)
-                parts.append({"loss": loss.item(), "value_loss": error.item(), **clipped,
-                              "value_clip_fraction": (moved * batch.mask / divisor).sum().item(),
-                              "gap_max": largest_gap(old, batch)})
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
-            critic_norm = torch.nn.utils.clip_grad_norm_(critic.parameters(), 1.0).item()
+                moved = moved * batch.mask / divisor
+                found["loss"] = loss.item()
+                found["value_loss"] = error.item()
+                found["value_clip_fraction"] = moved.sum().item()
+                found["gap_max"] = largest_gap(old, batch)
+                parts.append(found)
+            grad_norm = clip_grad_norm_(model.parameters(), 1.0).item()
+            critic_norm = clip_grad_norm_(critic.parameters(), 1.0).item()
             if math.isfinite(grad_norm + critic_norm):
                 optimizer.step()
                 critic_optimizer.step()

@@ -21,7 +21,8 @@ def chunk_logprobs(hidden, weight, targets, temperature):
     log_z = logits.logsumexp(-1)                                                # (n,)
     rows = torch.arange(len(targets), device=targets.device)                    # (n,)
     logp = logits[rows, targets] - log_z                                        # (n,)
-    mean = (logits.softmax(-1) * logits).sum(-1)                                # (n,)
+    weighted = logits.softmax(-1) * logits                                      # (n, V)
+    mean = weighted.sum(-1)                                                     # (n,)
     return logp, log_z - mean                                                   # -sum p log p
 
 
@@ -37,7 +38,8 @@ def token_logprobs(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Te
         return chunk_logprobs(hidden, weight, targets, temperature)
     logps = []
     entropies = []
-    for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+    pairs = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    for h, y in pairs:
         logp, entropy = checkpoint(
             chunk_logprobs, h, weight, y, temperature, use_reentrant=False)     # (n,) each
         logps.append(logp)
@@ -68,7 +70,8 @@ def response_logprobs(model, rollout, temperature: float = 1.0, trunk=None) -> t
         hidden = states_before_answers(model, rollout, trunk)                   # (N, D)
         weight = causal_lm(model).lm_head.weight                                # (V, D)
         logp, _ = token_logprobs(hidden, weight, rollout.tokens[inside], temperature)
-    return torch.zeros_like(rollout.mask).masked_scatter(inside, logp)
+    zeros = torch.zeros_like(rollout.mask)                                      # (B, T)
+    return zeros.masked_scatter(inside, logp)
 
 
 @torch.no_grad()
@@ -105,5 +108,6 @@ def micro_batches(rollout, rows: torch.Tensor, budget: int) -> list[torch.Tensor
 
 def largest_gap(logp: torch.Tensor, rollout) -> float:
     """The largest difference of the trainer's log-probs (B, T) from the sampler's, nats."""
-    gaps = (logp.detach() - rollout.logp).abs() * rollout.mask                  # (B, T)
+    gaps = (logp.detach() - rollout.logp).abs()                                 # (B, T)
+    gaps = gaps * rollout.mask
     return gaps.max().item() if gaps.numel() else 0.0

@@ -72,11 +72,13 @@ def sample(model, tokenizer, prompts: list[list[int]], n: int, max_new_tokens: i
     model.eval()
 
     # A random number for every token of every answer of all ranks; this rank takes its own.
-    ranks, first = (1, 0) if alone else (size(), rank())
+    ranks = 1 if alone else size()
+    mine = 0 if alone else rank()
     shape = (len(prompts) * ranks, n, max_new_tokens)
     generator = torch.Generator().manual_seed(seed)
     noise = torch.rand(shape, dtype=torch.float64, generator=generator)
-    noise = noise[first::ranks].flatten(0, 1)                                     # (B, T)
+    noise = noise[mine::ranks]                                                    # (P, n, T)
+    noise = noise.flatten(0, 1)                                                   # (B, T)
     owner = torch.arange(len(prompts)).repeat_interleave(n)                       # (B,)
 
     # As many rows at once as fit in memory.
@@ -86,15 +88,19 @@ def sample(model, tokenizer, prompts: list[list[int]], n: int, max_new_tokens: i
     draw = Draw(temperature, top_p, repetition_penalty)
     pieces = []
     with gathered(lm), linear_maps_cast(model), autocast(model):
-        for rows, row_noise in zip(owner.split(max_rows), noise.split(max_rows), strict=True):
-            start, end = int(rows[0]), int(rows[-1]) + 1
-            piece = decode(lm, prompts[start:end], rows - start, row_noise, stop, draw)
+        for start in range(0, len(owner), max_rows):
+            rows = owner[start:start + max_rows]
+            row_noise = noise[start:start + max_rows]
+            first = int(rows[0])
+            last = int(rows[-1])
+            piece = decode(lm, prompts[first:last + 1], rows - first, row_noise, stop, draw)
             pieces.append(piece)
     model.train(was_training)
 
     tokens, logp, entropy, lengths, finished = map(torch.cat, zip(*pieces, strict=True))
     T = int(lengths.max())
-    mask = (torch.arange(T, device=lm.device) < lengths[:, None]).float()         # (B, T)
+    place = torch.arange(T, device=lm.device)                                     # (T,)
+    mask = (place < lengths[:, None]).float()                                     # (B, T)
     answers = []
     for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True):
         answers.append(row[:length])
@@ -155,7 +161,8 @@ def decode(lm, prompts, owner, noise, stop, draw):
             token = pick(drawn_from.exp(), noise[running, t])            # (R,)
         tokens[running, t] = token
         logp[running, t] = full.gather(1, token[:, None])[:, 0]
-        entropy[running, t] = -(full.exp() * full.clamp(min=-1e4)).sum(-1)
+        weighted = full.exp() * full.clamp(min=-1e4)                     # (R, V), p log p
+        entropy[running, t] = -weighted.sum(-1)
         lengths[running] = t + 1
         said[running, token] = True
 
@@ -170,9 +177,11 @@ def decode(lm, prompts, owner, noise, stop, draw):
         if len(running) == 0 or t + 1 == max_new_tokens:
             break
         token = token[:, None]                                           # (R, 1)
-        visible = torch.cat([visible, torch.ones_like(token)], 1)        # (R, S)
+        one = torch.ones_like(token)
+        visible = torch.cat([visible, one], 1)                           # (R, S)
         position = position + 1
-        logits = lm(token, visible, position, cache, use_cache=True).logits[:, -1]
+        output = lm(token, visible, position, cache, use_cache=True)
+        logits = output.logits[:, -1]                                    # (R, V)
 
     # 3. What is still running has been cut off.
     finished = torch.ones(B, dtype=torch.bool, device=device)            # (B,)

@@ -26,8 +26,9 @@ def solve(numbers: list[int], operators: list[str]) -> list[tuple[int, str, int,
             a, b = numbers[i:i + 2]
             operator = operators.pop(i)
             results = {"+": a + b, "-": a - b, "*": a * b}
-            numbers[i:i + 2] = [results[operator]]
-            steps.append((a, operator, b, results[operator]))
+            result = results[operator]
+            numbers[i:i + 2] = [result]
+            steps.append((a, operator, b, result))
     return steps
 
 
@@ -42,7 +43,8 @@ def make_problem(rng: random.Random, held_out: bool) -> tuple[str, list[int], li
         count = rng.choice((2, 3))
         operators = [rng.choice("+-") for _ in range(count)]
         if rng.random() < 0.6:
-            operators[rng.randrange(len(operators))] = "*"
+            place = rng.randrange(len(operators))
+            operators[place] = "*"
         numbers = [rng.randint(2, 49) for _ in range(len(operators) + 1)]
         for i, operator in enumerate(operators):
             if operator == "*":
