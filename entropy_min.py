@@ -31,6 +31,7 @@ import pathlib
 from dataclasses import dataclass
 
 import torch
+from torch.nn.utils import clip_grad_norm_
 
 from common.data import batch_of, drop_long_prompts
 from common.distributed import size, total
@@ -158,7 +159,7 @@ def main(argv=None):
             loss = (entropy * mask[part][inside]).sum() / num_tokens                   # L
             loss.backward()
             parts.append({"loss": loss.item()})
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+        grad_norm = clip_grad_norm_(model.parameters(), 1.0).item()
         if math.isfinite(grad_norm):
             optimizer.step()
         optimizer.zero_grad()

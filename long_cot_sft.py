@@ -29,6 +29,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 import torch
+from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoConfig
@@ -415,7 +416,7 @@ def main(argv=None):
         # 5. One step of the optimiser, at the rate of the schedule.
         lr = lr_at(step, args.steps, args.lr)
         optimizer.param_groups[0]["lr"] = lr
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+        grad_norm = clip_grad_norm_(model.parameters(), 1.0).item()
         if math.isfinite(grad_norm):
             optimizer.step()
         optimizer.zero_grad()

@@ -437,13 +437,13 @@ def test_the_kl_is_split_over_both_rewards(tmp_path, monkeypatch):
 def test_micro_batches_change_nothing(critic, tmp_path, monkeypatch):
     """The gradients of the first update, of policy and critic, whether an answer at a time or all
     at once."""
-    found, clip = [], torch.nn.utils.clip_grad_norm_
+    found, clip = [], ppo.clip_grad_norm_
 
     def noting(weights, max_norm):
         weights = list(weights)
         found.append([w.grad.clone() for w in weights if w.grad is not None])
         return clip(weights, max_norm)
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", noting)
+    monkeypatch.setattr(ppo, "clip_grad_norm_", noting)
     for name, budget in (("one", 1), ("all", 10_000)):
         flags = ["--steps", 1, "--critic", critic, "--micro-batch-tokens", budget]
         run(*flags, output=tmp_path / name)
@@ -458,13 +458,13 @@ def test_micro_batches_change_nothing(critic, tmp_path, monkeypatch):
 def test_an_update_that_is_not_finite_is_left_out(tmp_path, monkeypatch):
     """The critic's norm is infinite in the first of two updates: nothing moves, and it is counted;
     with both so, the weights are the old ones."""
-    clip, calls = torch.nn.utils.clip_grad_norm_, []
+    clip, calls = ppo.clip_grad_norm_, []
 
     def broken(weights, max_norm):
         calls.append(1)
         norm = clip(weights, max_norm)
         return norm * math.inf if len(calls) % 2 == 0 else norm
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", broken)
+    monkeypatch.setattr(ppo, "clip_grad_norm_", broken)
     rows = run("--steps", 1, output=tmp_path / "run")
     assert rows[0]["skipped"] == 2
     before = load_file(ROOT / "common" / "tiny" / "model.safetensors")

@@ -89,7 +89,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_answer(rng: random.Random, numbers: list[int], operators: list[str], style: str) -> str:
-    """An answer in one style. A result is wrong with probability WRONG_STEP, and is gone on with."""
+    """An answer in one style. A result is wrong with probability WRONG_STEP, and is built on."""
     numbers, operators, text = list(numbers), list(operators), []
     while operators:
         i = operators.index("*") if "*" in operators else 0
@@ -116,7 +116,10 @@ def make_answer(rng: random.Random, numbers: list[int], operators: list[str], st
 
 
 def make_batch(rng: random.Random, tokenizer, rows: int) -> list[tuple[list[int], list[int]]]:
-    """-> rows of (ids, labels), sorted by length; labels are -100 outside the answer. Three rows in ten name their style."""
+    """-> rows of (ids, labels), sorted by length; labels are -100 outside the answer.
+
+    Three rows in ten name their style.
+    """
     batch = []
     for _ in range(rows):
         problem, numbers, operators = make_problem(rng, held_out=False)
@@ -143,8 +146,11 @@ def pad(rows: list[list[int]], value: int) -> torch.Tensor:
 
 @torch.no_grad()
 def scale_residual(model, factor: float) -> None:
-    """Multiplies all that is written into the residual stream. Norms read it, so the model says what it said before, to the
-    norms' epsilon; only the un-normed layer policies see the factor."""
+    """Multiplies all that is written into the residual stream.
+
+    Norms read it, so the model says what it said, to the norms' epsilon; only the un-normed layer
+    policies see the factor.
+    """
     model.model.embed_tokens.weight.mul_(factor)
     for block in model.model.layers:
         block.self_attn.o_proj.weight.mul_(factor)
