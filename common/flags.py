@@ -143,6 +143,9 @@ def exit_on_bad_input(main):
     """
     @functools.wraps(main)
     def wrapped(argv=None):
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):  # a console that has no "±" still gets its line
+                stream.reconfigure(errors="replace")
         try:
             with process_group():
                 return main(argv)
