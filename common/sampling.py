@@ -220,15 +220,18 @@ def pick(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     upto = probs.cumsum(-1, dtype=noise.dtype)                                             # (R, V)
     below_one = noise.clamp(max=1 - torch.finfo(noise.dtype).eps)                          # (R,)
     goal = below_one[:, None] * upto[:, -1:]                                               # (R, 1)
-    token = torch.searchsorted(upto, goal, right=True)[:, 0]                               # (R,)
-    return token.clamp(max=probs.shape[-1] - 1)
+    place = torch.searchsorted(upto, goal, right=True)                                     # (R, 1)
+    last = probs.shape[-1] - 1
+    return place[:, 0].clamp(max=last)                                                     # (R,)
 
 
 def keep_top_p(logp: torch.Tensor, top_p: float) -> torch.Tensor:
     """Log-probs (R, V), -inf outside the smallest set of tokens whose probabilities reach top_p."""
     ordered, order = logp.sort(dim=-1, descending=True)
-    before = ordered.exp().cumsum(-1) - ordered.exp()    # the token that crosses the line stays in
-    outside = (before >= top_p).scatter(-1, order, before >= top_p)
+    probs = ordered.exp()                                                                  # (R, V)
+    before = probs.cumsum(-1) - probs         # the token that crosses the line stays in   # (R, V)
+    outside = before >= top_p                                                              # (R, V)
+    outside = outside.scatter(-1, order, outside)
     return logp.masked_fill(outside, -torch.inf)
 
 
