@@ -11,16 +11,16 @@ not know (\sum, \int, floors) and what is over a limit has no value and only mat
 """
 import hashlib
 import math
+import operator
 import re
 import unicodedata
-from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, reduce
 from itertools import accumulate
 
 import mpmath
 
 MAX_CHARS, MAX_TOKENS, MAX_DEPTH, MAX_ITEMS = 1_500, 400, 30, 30  # of an answer
-MAX_BITS, MAX_INTEGER_BITS = 20_000, 120_000  # of exact fractions and integers
+MAX_DIGITS = 60  # of a number
 MAX_LOG, MAX_FACTORIAL = 10**5, 5_000  # |log| of a power, argument of n!
 
 mp = mpmath.mp.clone()  # a context of its own: the caller's precision stays as it is
@@ -37,10 +37,9 @@ GREEK = dict(zip("αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦ
 UNICODE = str.maketrans({letter: f"\\{name} " for letter, name in GREEK.items()} | {
     "√": r"\sqrt ", "∞": r"\infty ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}",
     "×": "*", "·": "*", "⋅": "*", "÷": "/", "⁄": "/", "−": "-", "–": "-",
-    "’": "'", "′": "'", "…": "...", '"': "", "~": " ", "⟨": "(", "⟩": ")", "、": ","})
+    "’": "'", "′": "'", "…": "...", '"': "", "~": " ", "⟨": "(", "⟩": ")", "、": ",", ";": ","})
 FUNCTIONS = "sin cos tan cot sec csc sinh cosh exp ln log lg arcsin arccos arctan arcsinh".split()
-CALLS = "max min gcd lcm tanh".split()  # functions without a value here
-WORDS = {*FUNCTIONS, *CALLS, "pi", "sqrt", "infty"}
+WORDS = {*FUNCTIONS, "pi", "sqrt", "infty", "max", "min", "gcd", "tanh"}
 SYNONYMS = {old: new for new, olds in {
     "*": "cdot times ast", "/": "div", "≤": "le leq leqslant", "≥": "ge geq geqslant",
     "<": "lt", ">": "gt", "≠": "ne neq", "≈": "approx", "∈": "in", "∪": "cup",
@@ -54,7 +53,6 @@ FONT = (r"\\(?:text(?!color)\w*|mbox|math(?:rm|bf|it|sf|tt)|operatorname\*?|bold
         r"|rm|bf|it|tt)")
 NOTHING = r"(?:there (?:is|are) )?no (?:real )?(?:solutions?|roots?)|(?:the )?empty set"
 LEADING = "the|points?|is|are|either|about|approximately|exactly|answers?|option|choice"
-DECIMAL = r"(?<![\d.])(\d*)\.(\d{0,9})"
 
 
 def improper(m: re.Match) -> str:
@@ -79,36 +77,28 @@ def quote(m: re.Match) -> str:
     return f" {name} " if name in ("e", "i", "d") else f'"{text}"'
 
 
-def synonym(m: re.Match) -> str:
-    return SYNONYMS.get(m[1], m[0])
-
-
+SPELLINGS = r"\\¦ \cr¦ \{⦃ \}⦄ \&, <=≤ >=≥ !=≠ **^ ⇒⟹".split()
 REWRITES = [(re.compile(pattern), new) for pattern, new in [
-    (r"(?s)^.*(?:\\implies|\\Rightarrow|⇒)", ""),
+    (r"\\\$\s*(\d[\d.,]*)", r'\1 "dollars"'),
+    (r"€\s*(\d[\d.,]*)", r'\1 "euros"'),
+    (r"(?:₹|\bRs\.?)\s*(\d[\d.,]*)", r'\1 "rupees"'),
+    (r"(?s)^.*(?:\\implies|\\Rightarrow|⟹)", ""),
     (r",?\s*\b(?:because|since)\b.*$", ""),
-    (r"\\\\|\\cr\b", "¦"),
-    (r"¦\s*(?=\\end)", ""),
     (r"\\begin\s*\{(?:[pb]?matrix|array|cases)\}(?:\s*\{[clr| ]*\})?", "⟦"),
-    (r"\\end\s*\{\w*\}", "⟧"),
+    (r"¦?\s*\\end\s*\{\w*\}", "⟧"),
     (r"\\textcolor\s*\{\w*\}", ""),
     (r"(?<=\d)(?:\{,\}|,\\!|\\,|\\ |\\;)\s*(?=\d{3}(?!\d))", ""),  # 10{,}000  10,\!000  10\,000
     (r"\\[;:> ,]", " "),
-    (r"\\\{", "⦃"),
-    (r"\\\}", "⦄"),
     (r"\\[!()\[\]$%]|[$%`]", ""),
     (FONT + r"\s*\{((?:[^{}]|\{[^{}]*\})*)\}", quote),
     (r"\{\s*\\(?:bf|rm)\b\s*([^{}]*)\}", quote),
     (r"\{([^{}]*)\\over\b([^{}]*)\}", r"\\frac{\1}{\2}"),
-    (r"\\([A-Za-z]+)", synonym),
-    (r"<=", "≤"),
-    (r">=", "≥"),
-    (r"!=", "≠"),
-    (r"\*\*", "^"),
+    (r"\\([A-Za-z]+)", lambda m: SYNONYMS.get(m[1], m[0])),
+    (r"\\(frac|binom)\s*(\d)", r"\\\1{\2}"),
+    (r"\\(frac|binom)\s*(\{[^{}]*\})\s*(\d)", r"\\\1\2{\3}"),
     (r"\^\s*\{?\s*°\s*\}?", "°"),
-    (r'°\s*"?\s*[CF]\b\s*"?', "°"),
     (r',?\s*(?:"[\s,]*or\s*"|\bor\b)', "∨"),
     (r',?\s*(?:"[\s,]*and\s*"|\band\b)', "∧"),
-    (r";|\\&", ","),
     (rf'(?i)"?\b(?:{NOTHING})\b"?', r"\\emptyset "),
     (r'(?i)"?\binfinity\b"?', r"\\infty "),
     (r'(?i)"?\ball real numbers\b"?|\\mathbb\s*\{?\s*R\s*\}?(?!\s*[_^])', r"(-\\infty ,\\infty )"),
@@ -118,22 +108,10 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in [
     (r"\\(d?dot|hat|tilde|bar|math(?:bb|cal)|(?<![\d.]\\)overline)\s*\{", r"\\\1_{"),
     (r"(?<=\d) ?[xX] ?(?=10 ?\^)", "*"),
     (r"\s+", " "),
-    (DECIMAL + r" ?\\overline ?\{(\d+)\}", repeating),
-    (DECIMAL + r"?(\d{1,2}?)\3{2,}\.\.\.", repeating),
-    (r"(?<![\w.^}])(\d+) ?(?:\\frac ?(?:\{(\d+)\}|(\d)) ?(?:\{(\d+)\}|(\d))|(?<= )(\d+) ?/ ?(\d+))",
-     improper),
+    (r"(?<![\d.])(\d*)\.(\d{0,9}) ?\\overline ?\{(\d+)\}", repeating),
+    (r"(?<![\w.^}])(\d+) ?(?:\\frac ?\{(\d+)\} ?\{(\d+)\}|(?<= )(\d+) ?/ ?(\d+))", improper),
     (r"^[\s=≈,:]+|[\s,:.]+$", ""),
 ]]
-MONEY = re.compile(r"(\\\$|€|\bRs\.?|[£₹])\s*(\d[\d.,]*)(?!\d)")
-CURRENCIES = {"\\$": "dollars", "€": "euros", "£": "pounds"}
-
-
-def money(m: re.Match) -> str:
-    return f'{m[2]} "{CURRENCIES.get(m[1], "rupees")}"'
-
-
-def joined(m: re.Match) -> str:
-    return re.sub("[ ,]", "", m[0])
 
 
 @lru_cache(maxsize=4096)
@@ -147,124 +125,56 @@ def normalize(s: str) -> str:
         s = folded.translate(UNICODE)
     if len(re.findall(r"(?<!\\)\$", s)) == 1:  # no pair of them that opens and closes formulas
         s = s.replace("$", r"\$")
-    s = MONEY.sub(money, s)
+    for spelling in SPELLINGS:
+        s = s.replace(spelling[:-1], spelling[-1])
     for pattern, new in REWRITES:
         s = pattern.sub(new, s)
     separators = "[ ]" if re.search(r"[(\[⦃]", s) else "[ ,]"
-    return re.sub(rf"(?<![\d.,])\d{{1,3}}(?:{separators}\d{{3}})+(?![\d,])", joined, s)
+    thousands = rf"(?<![\d.,])\d{{1,3}}(?:{separators}\d{{3}})+(?![\d,])"
+    return re.sub(thousands, lambda m: re.sub("[ ,]", "", m[0]), s)
 
 
 # -------------------------------------------------------------------------------------- values
-Number = Fraction | mpmath.mpf | mpmath.mpc
-
-
-def inexact(x: Number) -> mpmath.mpf | mpmath.mpc:
-    return mp.mpf(x.numerator) / x.denominator if isinstance(x, Fraction) else x
-
-
-def is_integer(x: Number) -> bool:
-    return isinstance(x, Fraction) and x.denominator == 1
-
-
-def bits(x: Number) -> float:
-    if not isinstance(x, Fraction):
-        return math.inf
-    return x.numerator.bit_length() + x.denominator.bit_length()
-
-
-def small(size: float, *numbers: Number) -> bool:
-    """Whether an exact result of this many bits is allowed."""
-    return size <= (MAX_INTEGER_BITS if all(map(is_integer, numbers)) else MAX_BITS)
+Number = mpmath.mpf | mpmath.mpc
 
 
 def plus(x: Number, y: Number) -> Number:
-    if small(bits(x) + bits(y), x, y):
-        return x + y
-    x, y = inexact(x), inexact(y)
     large, little = max(abs(x), abs(y)), min(abs(x), abs(y))
     if 0 < little < SWALLOWED * large < mp.inf:
         raise ValueError
-    return Fraction(0) if abs(x + y) < ROUNDING * large else x + y
-
-
-def times(x: Number, y: Number) -> Number:
-    if small(bits(x) + bits(y), x, y):
-        return x * y
-    return inexact(x) * inexact(y)
+    return mp.zero if abs(x + y) < ROUNDING * large else x + y
 
 
 def power(x: Number, y: Number) -> Number:
-    if is_integer(y) and isinstance(x, Fraction) and small(bits(x) * abs(y), x):
-        return x ** int(y)
-    odd = isinstance(y, Fraction) and y.denominator % 2 == 1 and y.denominator > 1
-    if odd and not isinstance(x, mp.mpc) and x < 0:
-        return (-1) ** y.numerator * power(-x, y)  # the real cube root of -8 is -2
-    x, y = inexact(x), inexact(y)
     if x == 0 and mp.re(y) > 0:
-        return Fraction(0)
+        return x
     if abs(y * mp.ln(x)) > MAX_LOG:
         raise ValueError
     return mp.power(x, y)
 
 
-def root(x: Number, degree: Number) -> Number:
-    r"""Exact where it can be: \sqrt{4} is 2."""
-    if degree == 2 and isinstance(x, Fraction) and x >= 0:
-        top, bottom = math.isqrt(x.numerator), math.isqrt(x.denominator)
-        if top * top == x.numerator and bottom * bottom == x.denominator:
-            return Fraction(top, bottom)
-    return power(x, 1 / degree)
-
-
 def factorial(x: Number) -> Number:
-    if is_integer(x) and 0 <= x <= 1000:
-        return Fraction(math.factorial(int(x)))
-    x = inexact(x)
     if not -100 < mp.re(x) < MAX_FACTORIAL or abs(mp.im(x)) > 100:
         raise ValueError
     return mp.gamma(x + 1)
 
 
-def binomial(n: Number, k: Number) -> Number:
-    return times(factorial(n), 1 / times(factorial(k), factorial(plus(n, -k))))
-
-
-def bounded(function):
-    """The function of an argument that is not too large; zero where rounding hides it: sin(pi)."""
-    def of(x: Number) -> Number:
-        x = inexact(x)
-        if abs(x) > MAX_LOG:
-            raise ValueError
-        y = function(x)
-        return Fraction(0) if abs(y) < ROUNDING * abs(x) else y
-    return of
-
-
-def negative(x: Number) -> Number:
-    return -x
-
-
-def inverse(x: Number) -> Number:
-    return 1 / x
-
-
-def degrees(x: Number) -> Number:
-    return times(x, mp.pi / 180)
-
-
 CONSTANTS = {"e": +mp.e, "i": mp.mpc(0, 1), r"\pi": +mp.pi, r"\infty": mp.inf}
 MPMATH = {"log": "ln", "lg": "log10", "arcsin": "asin", "arccos": "acos", "arctan": "atan",
           "arcsinh": "asinh"}
-OPERATIONS = {name: bounded(getattr(mp, MPMATH.get(name, name))) for name in FUNCTIONS} | {
-    "neg": negative, "/": inverse, "^": power, "root": root, "!": factorial, "°": degrees,
-    "binom": binomial, "abs": abs}
-SCALES = (1, 1, 16, Fraction(1, 10**3), Fraction(1, 10**7), 1, 1)  # of the points; see symbol
+OPERATIONS = {name: getattr(mp, MPMATH.get(name, name)) for name in FUNCTIONS} | {
+    "^": power, "!": factorial, "abs": abs, "neg": operator.neg, "+": plus, "*": operator.mul,
+    "/": lambda x: 1 / x,
+    "°": lambda x: x * mp.pi / 180,
+    "root": lambda x, degree: power(x, 1 / degree),
+    "binom": lambda n, k: factorial(n) / factorial(k) / factorial(n - k)}
+SCALES = (1, 1, 16, 1e-3, 1e-7, 1, 1)  # of the points; see symbol
 
 
-def symbol(name: str, point: int) -> Fraction:
+def symbol(name: str, point: int) -> Number:
     """A variable at a point: ordinary, large and tiny positive numbers, then of either sign."""
     digest = hashlib.blake2b(f"{name}@{point}".encode("ascii", "backslashreplace")).digest()
-    x = Fraction(int.from_bytes(digest[:3], "big") + 2**22, 2**23) * SCALES[point]
+    x = mp.mpf(int.from_bytes(digest[:3], "big") + 2**22) / 2**23 * SCALES[point]
     return -x if point == 5 or (point == 6 and digest[3] % 2) else x
 
 
@@ -277,22 +187,17 @@ def evaluate(tree: tuple, point: int) -> Number:
         return CONSTANTS[parts[0]]
     if kind == "name":
         return symbol(parts[0], point)
-    if kind == "call":  # an unknown function: its value depends on name and arguments alone
-        values = [mp.nstr(inexact(evaluate(part, point)), 20) for part in parts[1:]]
-        return symbol(f"{parts[0]}({values})", 0)
     values = [evaluate(part, point) for part in parts]
-    if kind not in "+*":
-        return OPERATIONS[kind](*values)
-    result = values[0]
-    for x in values[1:]:
-        result = plus(result, x) if kind == "+" else times(result, x)
-    return result
+    if kind in "+*":
+        return reduce(OPERATIONS[kind], values)
+    size = abs(values[0])
+    if kind in FUNCTIONS and size > MAX_LOG:
+        raise ValueError
+    result = OPERATIONS[kind](*values)
+    return mp.zero if kind in FUNCTIONS and abs(result) < ROUNDING * size else result  # sin(pi)
 
 
 def close(x: Number, y: Number) -> bool:
-    if isinstance(x, Fraction) and isinstance(y, Fraction):
-        return x == y
-    x, y = inexact(x), inexact(y)
     return x == y or bool(abs(x - y) < TOLERANCE * max(abs(x), abs(y)))
 
 
@@ -301,11 +206,14 @@ NAMES = {"\\" + name for name in GREEK.values()} - {r"\pi"} | {
     r"\ell", r"\hbar", r"\dot", r"\ddot", r"\hat", r"\bar", r"\tilde", r"\overline", r"\mathcal"}
 OPENING, CLOSING = "([{⦃⟦", ")]}⦄⟧"
 TOKEN = re.compile(
-    r"(?:\d+\.?\d*|\.\d+)(?:[eE](?:-?\d+|\+\d\d+))?"
+    r"(?:\d+\.?\d*|\.\d+)(?:[eE](?:-?\d{1,4}|\+\d{2,4}))?"
     r"|_\s*(?:\{(?:[^{}]|\{[^{}]*\})*\}|\\[A-Za-z]+|\d+|\w)"
     r"""|"\s*[A-Za-z]\s*"|\\?[A-Za-z]+|\S""", re.ASCII)
 SUM, PRODUCT, POWER, END = 1, 2, 3, " "  # how tightly operators bind
+CALL = re.compile(  # f(x+1), I(0), u(x, t): a function without a value
+    r"(?<![A-Za-z\\_])(?:[fg]'*|[A-Za-z](?:_\w)?'+|[A-Za-z](?:_\w)?(?=\( ?[\w\\., ]+\))) ?\(")
 BINDING = {"+": SUM, "-": SUM, "*": PRODUCT, "/": PRODUCT, "^": POWER, "!": POWER, "°": POWER}
+NUMBER = re.compile(r"\.?\d[^_]*$")
 CLOSERS = {"(": ")", "[": "]", "{": "}", "|": "|"}
 
 
@@ -327,47 +235,36 @@ def tokenize(s: str) -> list[str]:
     return tokens
 
 
-def is_number(token: str) -> bool:
-    return bool(re.match(r"\.?\d[^_]*$", token))
-
-
 class Parser:
     """Reads the tree of an expression: (kind, parts...); raises ValueError where there is none."""
 
     def __init__(self, s: str):
         self.tokens, self.i = [*tokenize(s), END], 0
-        self.depth = self.bars = self.functions = 0  # operands, | and functions that are open
+        self.bars = False  # whether | is open
 
     @property
     def next(self) -> str:
         return self.tokens[self.i]
 
-    def take(self, expected: str = "") -> str:
-        token = self.next
-        if token == END or (expected and token != expected):
-            raise ValueError
+    def take(self) -> str:
         self.i += 1
-        return token
+        return self.tokens[self.i - 1]
 
-    def skip(self, token: str) -> bool:
-        found = self.next == token
-        self.i += found
-        return found
-
-    def whole(self) -> tuple:
+    def whole(self, closing: str = END) -> tuple:
+        """An expression up to the token that closes it."""
         x = self.expression()
-        if self.next != END:
+        if self.take() != closing:
             raise ValueError
         return x
 
     def expression(self, floor: int = 0) -> tuple:
         """An operand and all that follows with operators that bind tighter than floor."""
-        signed, minus = self.next in "+-", False
-        while self.next in "+-":
-            minus ^= self.take() == "-"
-        x = self.expression(max(floor, SUM)) if signed else self.operand()
-        if minus:
-            x = ("neg", x)
+        if self.next in "+-":
+            sign = self.take()
+            x = self.expression(max(floor, SUM))
+            x = ("neg", x) if sign == "-" else x
+        else:
+            x = self.operand()
         while True:
             implied = self.starts_operand()
             op = "*" if implied else self.next
@@ -377,10 +274,8 @@ class Parser:
             x = self.operation(op, x)
 
     def operation(self, op: str, x: tuple) -> tuple:
-        if op == "°":  # 30° is 30, but sin 30° is 1/2
-            return ("°", x) if self.functions else x
-        if op in "!^":
-            x = ("!", x) if op == "!" else ("^", x, self.argument())
+        if op in "!^°":
+            x = ("^", x, self.argument()) if op == "^" else (op, x)
             if self.next == op:
                 raise ValueError
             return x
@@ -393,98 +288,61 @@ class Parser:
     def starts_operand(self) -> bool:
         r"""Whether the next token continues a product without an operator: 2x, 3(x+1), x\sqrt2."""
         token = self.next
-        if is_number(token) and is_number(self.tokens[self.i - 1]):  # "3 4" is not a product
+        if NUMBER.match(token) and NUMBER.match(self.tokens[self.i - 1]):  # "3 4" is not a product
             raise ValueError
         if token == "|":
             return not self.bars
         named = token[0] in ".\\" and len(token) > 1
         return token[0].isalnum() or named or token in "([{"
 
-    def argument(self, digit: bool = False) -> tuple:
-        r"""What follows ^, \frac, \sqrt: a group or a token; with digit, one digit (\frac12)."""
-        if self.skip("-"):
-            return ("neg", self.argument(digit))
-        if not digit or not is_number(self.next):
+    def argument(self) -> tuple:
+        r"""What follows ^, \frac, \sqrt: a group or a token."""
+        if self.next != "-":
             return self.operand()
-        token = self.take()
-        if len(token) > 1:
-            self.i -= 1
-            self.tokens[self.i] = token[1:]
-        return ("number", Fraction(token[0]))
+        self.take()
+        return ("neg", self.argument())
 
     def operand(self) -> tuple:
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise ValueError
-        x = self.primary(self.take())
-        self.depth -= 1
-        return x
-
-    def primary(self, token: str) -> tuple:
+        token = self.take()
         base, _, subscript = token.partition("_")
-        if is_number(token):
-            mantissa, _, exponent = token.lower().partition("e")
-            scale = power(Fraction(10), Fraction(exponent or 0))
-            return ("number", times(Fraction(f"0{mantissa.removesuffix('.')}"), scale))
+        if NUMBER.match(token):
+            if len(token) > MAX_DIGITS:
+                raise ValueError
+            return ("number", mp.mpf(token))
         if token in CLOSERS:
-            return self.group(token)
+            bars, self.bars = self.bars, token == "|"
+            x = self.whole(CLOSERS[token])
+            self.bars = bars
+            return ("abs", x) if token == "|" else x
         if token in CONSTANTS:
             return ("constant", token)
         if base[1:] in FUNCTIONS:
             return self.function(base[1:], subscript)
-        if base[1:] in CALLS and self.next == "(":
-            return self.call(token)
         if token[0].isalnum() or base.rstrip("'") in NAMES:  # 52_8 is a name as well
-            return self.name(token)
+            return ("name", re.sub(r"[{}]", "", token))
         if token in (r"\frac", r"\binom"):
-            first, second = self.argument(digit=True), self.argument(digit=True)
+            first, second = self.argument(), self.argument()
             return ("*", first, ("/", second)) if token == r"\frac" else ("binom", first, second)
         if token == r"\sqrt":
-            degree = self.operand() if self.next == "[" else ("number", Fraction(2))
+            degree = self.operand() if self.next == "[" else ("number", mp.mpf(2))
             return ("root", self.argument(), degree)
         raise ValueError
 
-    def group(self, opening: str) -> tuple:
-        bars, self.bars = self.bars, opening == "|"
-        x = self.expression()
-        self.take(CLOSERS[opening])
-        self.bars = bars
-        return ("abs", x) if opening == "|" else x
-
-    def name(self, name: str) -> tuple:
-        """A variable with subscript and primes, or a call: f(x+1), I(0), u(x, t)."""
-        ahead = " ".join(self.tokens[self.i:self.i + 12])
-        simple = re.match(r"\( [\\\w.]+ (?:, [\\\w.]+ )*\)", ahead)
-        if self.next == "(" and (simple or name[0] in "fg" or "'" in name):
-            return self.call(name)
-        return ("name", re.sub(r"[{}]", "", name))
-
-    def call(self, name: str) -> tuple:
-        self.take("(")
-        arguments = [self.expression()]
-        while self.skip(","):
-            arguments.append(self.expression())
-        self.take(")")
-        return ("call", name, *arguments)
-
     def function(self, name: str, base: str) -> tuple:
         r"""\sin x, \sin(x), \sin^2 x, \sin^{-1} x, \log_2 x: the argument ends at an operator."""
-        exponent = self.argument() if self.skip("^") else None
-        if exponent == ("neg", ("number", 1)):
-            name, exponent = "arc" + name, None
-            if name not in FUNCTIONS:
-                raise ValueError
-        self.functions += 1
+        exponent = None
+        if self.next == "^":
+            self.take()
+            exponent = self.argument()
+        if exponent == ("neg", ("number", 1)):  # arcsin or 1/sin
+            raise ValueError
         bracketed = self.next in "([{|"
         x = self.operand() if bracketed else self.expression(PRODUCT)
         while not bracketed and self.starts_operand() and self.next[1:] not in FUNCTIONS:
             x = ("*", x, self.expression(PRODUCT))
-        self.functions -= 1
         x = (name, x)
         if base:
-            inner = Parser(base)
-            inner.depth = self.depth + 1
-            x = ("*", x, ("/", ("ln", inner.whole())))
+            x = ("*", x, ("/", ("ln", Parser(base).whole())))
         return ("^", x, exponent) if exponent else x
 
 
@@ -492,7 +350,7 @@ class Parser:
 def parse(s: str) -> tuple | None:
     """The tree of an expression; None if s is none."""
     try:
-        return Parser(s).whole()
+        return None if CALL.search(s) else Parser(s).whole()
     except (ValueError, ArithmeticError, RecursionError):
         return None
 
@@ -501,7 +359,7 @@ def parse(s: str) -> tuple | None:
 def value(tree: tuple, point: int) -> Number | None:
     try:
         x = evaluate(tree, point)
-        return None if mp.isnan(inexact(x)) else x
+        return None if mp.isnan(x) else x
     except (ValueError, ArithmeticError, RecursionError, TypeError):  # a pole, a size over a limit
         return None
 
@@ -517,10 +375,6 @@ def has(tree: tuple, *kinds: str) -> bool:
     return any(part[0] in kinds for part in walk(tree))
 
 
-def is_constant(tree: tuple) -> bool:
-    return not has(tree, "name", "call")
-
-
 # --------------------------------------------------------------------------------------- units
 SAME_UNITS = {name: unit for unit, names in {
     "meter": "m", "centimeter": "cm", "millimeter": "mm", "kilometer": "km", "inch": "in inche",
@@ -532,7 +386,8 @@ MULTIPLES = {"thousand": 10**3, "million": 10**6, "billion": 10**9}
 NO_UNITS = set("not no or if unless except maybe is are was but else otherwise wrong plus minus a p "
                "am pm times and either neither than less more when where for all to".split())
 UNIT = re.compile(
-    r'("[^"]*"|(?<=[\d )}])(?:cm|mm|km|kg|mg|ft|in|lbs?|mph|mi|hrs?|min|sec|day)(?![\w(])'
+    r'("[^"]*"|°(?: ?"?[CF]"?)?'
+    r"|(?<=[\d )}])(?:cm|mm|km|kg|mg|ft|in|lbs?|mph|mi|hrs?|min|sec|day)(?![\w(])"
     r"|(?<=\d )[mshg](?= ?/|$)|(?<= )[A-Za-z]{4,})"
     r'(?: ?"[^"]*"| [A-Za-z]{2,}(?![A-Za-z])| ?/ ?[A-Za-z]+(?![A-Za-z])|\^\{?-?\d\}?|[*/ ])*$')
 
@@ -541,7 +396,7 @@ def measured(s: str) -> tuple[str, frozenset, int]:
     """s without a trailing unit, the units that have a name here, and the factor (million)."""
     m = UNIT.search(s)
     words = re.findall("[a-z]+", m[0].lower().replace(".m.", "m")) if m else []
-    if not words or NO_UNITS & set(words) or len(words) > 6 or re.search(r"(?<![\^{-])\d", m[0]):
+    if m is None or NO_UNITS & set(words) or len(words) > 6 or re.search(r"(?<![\^{-])\d", m[0]):
         return s, frozenset(), 1
     singular = [word if word in SAME_UNITS else word.removesuffix("s") for word in words]
     names = frozenset(SAME_UNITS[word] for word in singular if word in SAME_UNITS)
@@ -591,10 +446,7 @@ def joints(s: str) -> set[str]:
 
 
 def as_tuple(s: str) -> str:
-    """x = 3, y = 4 and a column vector as (3,4); anything else as it is."""
-    content = inside(s, "⟦")
-    if content is not None and "&" not in content:
-        return f"({content.replace('¦', ',')})"
+    """x = 3, y = 4 as (3,4); anything else as it is."""
     sides = [split(part, "=") for part in split(s, ",∧")[0]]
     labels = {parts[0] for parts, _ in sides}
     if len(labels) < len(sides) or len(sides) < 2 or any(found != "=" for _, found in sides):
@@ -603,6 +455,9 @@ def as_tuple(s: str) -> str:
 
 
 # --------------------------------------------------------------------------------- work to do
+TEN = ("number", 10)
+
+
 def is_rational(tree: tuple) -> bool:
     if tree[0] == "^" and has(tree[2], "/"):
         return False
@@ -610,31 +465,27 @@ def is_rational(tree: tuple) -> bool:
     return tree[0] == "number" or (known and all(map(is_rational, tree[1:])))
 
 
-def is_scientific(tree: tuple) -> bool:
-    """3 × 10^8"""
-    ten = ("number", Fraction(10))
-    return len(tree) == 3 and tree[2][:2] == ("^", ten) and tree[1][0] in ("number", "neg")
-
-
 def left_to_do(tree: tuple) -> bool:
     """Whether some sum, product or whole quotient of rational numbers is not worked out."""
     for node in walk(tree):
-        if node[0] not in ("+", "*") or is_scientific(node):
+        scientific = len(node) == 3 and node[0] == "*" and node[2][:2] == ("^", TEN)
+        if node[0] not in ("+", "*") or scientific:
             continue
         rational = [part for part in node[1:] if is_rational(part)]
         over = sum(part[0] == "/" for part in rational)
         if over > 1 or len(rational) - over > 1:
             return True
-        if len(rational) == len(node) - 1 and is_integer(value(node, 0)):
+        if len(rational) == len(node) - 1 and mp.isint(value(node, 0) or 0.5):
             return True
     return False
 
 
 def worked(answer: tuple, gold: tuple) -> bool:
     """Whether an answer is worked out as far as the gold is (policy 2)."""
-    if not is_constant(gold) or left_to_do(gold):
+    if has(gold, "name") or left_to_do(gold):
         return True
-    return not left_to_do(answer) and (has(gold, "+", *FUNCTIONS) or not has(answer, "+"))
+    adds = has(answer, "+") and not has(answer, "name")
+    return not left_to_do(answer) and (has(gold, "+", *FUNCTIONS) or not adds)
 
 
 # ------------------------------------------------------------------------------------ relations
@@ -655,7 +506,7 @@ def relation(s: str) -> tuple[list[str], str]:
 
 def constant_value(s: str) -> Number | None:
     tree = parse(s)
-    return value(tree, 0) if tree and is_constant(tree) else None
+    return value(tree, 0) if tree and not has(tree, "name") else None
 
 
 def stated(s: str) -> str:
@@ -666,11 +517,11 @@ def stated(s: str) -> str:
     if ops == "∈" and labelled:
         return last
     if ops in ("<", "≤") and VARIABLE.fullmatch(first):  # one end is infinite
-        return rf"(-\infty,{last}" + (")" if ops == "<" else "]")
-    if ops in ("<", "≤") and VARIABLE.fullmatch(last):
-        return ("(" if ops == "<" else "[") + rf"{first},\infty)"
+        parts, ops = [r"-\infty", *parts], "<" + ops
+    elif ops in ("<", "≤"):
+        parts, ops = [*parts, r"\infty"], ops + "<"
     if len(ops) == 2 and set(ops) <= set("<≤") and VARIABLE.fullmatch(parts[1]):
-        return ("(" if ops[0] == "<" else "[") + f"{first},{last}" + (")" if ops[1] == "<" else "]")
+        return "([" [ops[0] == "≤"] + f"{parts[0]},{parts[2]}" + ")]"[ops[1] == "≤"]
     if not ops or set(ops) - set("=≈"):
         return ""
     if ops == "=" and VARIABLE.fullmatch(last) and constant_value(first) is not None:
@@ -686,19 +537,6 @@ def stated(s: str) -> str:
     return last if labelled or parse(first)[0] not in ("number", "neg") else ""
 
 
-def proportional(left: list[str], right: list[str]) -> bool:
-    """Whether one equation is the other times a number, at four points."""
-    trees = [parse(f"({x})-({y})") for x, y in (left, right)]
-    if None in trees or any(is_constant(tree) for tree in trees):
-        return False
-    pairs = [[value(tree, p) for tree in trees] for p in range(4)]
-    if any(x is None or y is None or x == 0 or y == 0 for x, y in pairs):
-        return False
-    ratios = [inexact(x) / inexact(y) for x, y in pairs]
-    varies = not close(pairs[0][0], pairs[1][0])
-    return varies and all(close(ratio, ratios[0]) for ratio in ratios)
-
-
 def same_relation(a: str, g: str, same) -> bool | None:
     """Equations and inequalities; one against a value: what it states. None: neither is one."""
     (left, a_ops), (right, g_ops) = relation(a), relation(g)
@@ -709,39 +547,36 @@ def same_relation(a: str, g: str, same) -> bool | None:
         return bool(x and y) and same(x, y)
     if all(map(same, left, right)):
         return True
-    if a_ops not in "=≠":
+    solved = any(map(VARIABLE.fullmatch, right)) and set(map(constant_value, right)) != {None}
+    if a_ops != "=" or solved:
         return False
-    if same(left[0], right[1]) and same(left[1], right[0]):
-        return True
-    solved = any(VARIABLE.fullmatch(side) for side in right) and None in map(parse, right)
-    return not solved and proportional(left, right)
+    (a, b), (c, d) = left, right
+    same_sign = same_value(f"({a})-({b})", f"({c})-({d})")
+    return same_sign or same_value(f"({a})-({b})", f"({d})-({c})")
 
 
 def same_value(a: str, g: str) -> bool:
-    """Whether two expressions have one value at every point, the same unit, and no work left.
+    """Whether two expressions have one value, the same unit, and no work left.
 
     A trailing unit is read as variables first, unless both sides have one.
     """
-    a_bare, a_units, a_factor = measured(a)
-    g_bare, g_units, g_factor = measured(g)
-    both = a_bare != a and g_bare != g
-    if not both and a_factor == g_factor and same_trees(a, g, 1):
+    (a_bare, a_units, a_factor), (g_bare, g_units, g_factor) = measured(a), measured(g)
+    if (a == a_bare or g == g_bare) and a_factor == g_factor and same_trees(a, g, 1):
         return True
-    differ = a_units and g_units and a_units != g_units
-    return not differ and same_trees(a_bare, g_bare, Fraction(a_factor, g_factor))
+    if a_units and g_units and a_units != g_units:
+        return False
+    return same_trees(a_bare, g_bare, mp.mpf(a_factor) / g_factor)
 
 
-def same_trees(a: str, g: str, factor: Fraction) -> bool:
+def same_trees(a: str, g: str, factor: Number) -> bool:
+    """Whether two expressions have one value at every point, and no work left in a."""
     answer, gold = parse(a), parse(g)
     if answer is None or gold is None or not worked(answer, gold):
         return False
-    if factor != 1:
-        answer = ("*", answer, ("number", factor))
-    constant = is_constant(answer) and is_constant(gold)
-    signed = 7 if has(("+", answer, gold), "abs") else 5
-    points = range(1 if constant else signed)
+    count = 7 if has(("+", answer, gold), "abs") else 5
+    points = range(1 if not has(answer, "name") and not has(gold, "name") else count)
     pairs = [(value(answer, p), value(gold, p)) for p in points]
-    seen = [close(x, y) for x, y in pairs if x is not None and y is not None]
+    seen = [close(x * factor, y) for x, y in pairs if x is not None and y is not None]
     return len(seen) >= min(2, len(points)) and all(seen)
 
 
