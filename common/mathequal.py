@@ -1,16 +1,12 @@
 r"""The grammar behind verify.py: one spelling per symbol, values of expressions, lists and sets.
 
 `normalize` gives LaTeX, Unicode and plain text one spelling. `parse` reads an expression into a
-tree with a small operator-precedence grammar. `value` computes the tree at a point, exactly as a
-Fraction or with mpmath to 110 digits; a variable gets fixed pseudo-random values. `items` splits
-lists, `stated` says what an equation claims, `worked` whether a sum is left to do.
-
-Nothing is executed: no eval, and none of sympy's string parsers, which call it. Nothing is
-simplified or solved: every size is bounded (see MAX_), so nothing is slow. What the grammar does
-not know (\sum, \int, floors) and what is over a limit has no value and only matches as a string.
+tree with a small operator-precedence grammar. `value` computes the tree at a point with mpmath to
+110 digits; a variable gets fixed pseudo-random values. Nothing is executed, simplified or solved,
+and every size is bounded (see MAX_). What the grammar does not know (\sum, \int, f(x), floors)
+and what is over a limit has no value and only matches as a string.
 """
 import hashlib
-import math
 import operator
 import re
 import unicodedata
@@ -25,6 +21,7 @@ MAX_LOG, MAX_FACTORIAL = 10**5, 5_000  # |log| of a power, argument of n!
 
 mp = mpmath.mp.clone()  # a context of its own: the caller's precision stays as it is
 mp.dps = 110
+Number = mpmath.mpf | mpmath.mpc
 TOLERANCE = mp.mpf("1e-70")  # relative difference of equal values
 SWALLOWED = mp.mpf("1e-68")  # a term this small beside another is not visible in their sum
 ROUNDING = mp.mpf("1e-80")  # a sum this small beside its terms is zero
@@ -35,22 +32,18 @@ GREEK = dict(zip("αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦ
     "upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega"
 ).split(), strict=True))
 UNICODE = str.maketrans({letter: f"\\{name} " for letter, name in GREEK.items()} | {
-    "√": r"\sqrt ", "∞": r"\infty ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}",
-    "×": "*", "·": "*", "⋅": "*", "÷": "/", "⁄": "/", "−": "-", "–": "-",
-    "’": "'", "′": "'", "…": "...", '"': "", "~": " ", "⟨": "(", "⟩": ")", "、": ",", ";": ","})
+    "√": r"\sqrt ", "∞": r"\infty ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}", "…": "...", '"': ""})
+UNICODE |= str.maketrans("×·⋅÷⁄−–’′~⟨⟩、;", "***//--'' (),,")
 FUNCTIONS = "sin cos tan cot sec csc sinh cosh exp ln log lg arcsin arccos arctan arcsinh".split()
 WORDS = {*FUNCTIONS, "pi", "sqrt", "infty", "max", "min", "gcd", "tanh"}
-SYNONYMS = {old: new for new, olds in {
-    "*": "cdot times ast", "/": "div", "≤": "le leq leqslant", "≥": "ge geq geqslant",
-    "<": "lt", ">": "gt", "≠": "ne neq", "≈": "approx", "∈": "in", "∪": "cup",
-    "±": "pm", "°": "degree degrees circ", "|": "vert lvert rvert mid", "'": "prime",
-    "⦃": "lbrace", "⦄": "rbrace", "(": "langle", ")": "rangle", "...": "ldots dots cdots",
-    r"\emptyset ": "varnothing", r"\frac": "dfrac tfrac cfrac sfrac",
-    r"\binom": "dbinom tbinom", r"\epsilon ": "varepsilon", r"\phi ": "varphi",
-    " ": "left right big Big bigg Bigg displaystyle textstyle quad qquad",
-}.items() for old in olds.split()}
-FONT = (r"\\(?:text(?!color)\w*|mbox|math(?:rm|bf|it|sf|tt)|operatorname\*?|boldsymbol|bm"
-        r"|rm|bf|it|tt)")
+SYNONYMS = {name: symbol for symbol, *names in map(str.split, (
+    r"* cdot times ast|/ div|≤ le leq leqslant|≥ ge geq geqslant|< lt|> gt|≠ ne neq|≈ approx|∈ in|"
+    r"∪ cup|± pm|° degree degrees circ|' prime|( langle|) rangle|⦃ lbrace|⦄ rbrace|"
+    r"... ldots dots cdots|\emptyset varnothing|\frac dfrac tfrac cfrac sfrac|\binom dbinom tbinom|"
+    r"\epsilon varepsilon|\phi varphi").split("|")) for name in names}
+SYNONYMS |= dict.fromkeys(["vert", "lvert", "rvert", "mid"], "|")
+SYNONYMS |= dict.fromkeys("left right big Big displaystyle textstyle quad qquad".split(), " ")
+FONT = (r"\\(?:text(?!color)\w*|mbox|math(?:rm|bf|it|sf|tt)|operatorname|boldsymbol|rm|bf)")
 NOTHING = r"(?:there (?:is|are) )?no (?:real )?(?:solutions?|roots?)|(?:the )?empty set"
 LEADING = "the|points?|is|are|either|about|approximately|exactly|answers?|option|choice"
 
@@ -59,14 +52,6 @@ def improper(m: re.Match) -> str:
     """A mixed number as a fraction: 1 4/5 is (9/5)."""
     whole, top, bottom = (int(group) for group in m.groups() if group)
     return f"({whole * bottom + top}/{bottom})" if top < bottom else m[0]
-
-
-def repeating(m: re.Match) -> str:
-    """A repeating decimal as a fraction: 0.1 and the period 6 is ((1 + 6/9)/10)."""
-    whole, start, period = m[1] or "0", m[2], m[3]
-    nines = 10 ** len(period) - 1
-    top = int(whole + start) * nines + int(period)
-    return f"({top}/{nines * 10 ** len(start)})"
 
 
 def quote(m: re.Match) -> str:
@@ -105,10 +90,8 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in [
     (r'"([^"A-Za-z]*)"', r" \1 "),
     (r'^\s*"([^"]*[\d=,∨∧][^"]*)"\s*$', r"\1"),
     (rf'(?i)^[\s"]*(?:(?:{LEADING})\b[\s":]*)+(?=[\W\dA-Z])', ""),
-    (r"\\(d?dot|hat|tilde|bar|math(?:bb|cal)|(?<![\d.]\\)overline)\s*\{", r"\\\1_{"),
     (r"(?<=\d) ?[xX] ?(?=10 ?\^)", "*"),
     (r"\s+", " "),
-    (r"(?<![\d.])(\d*)\.(\d{0,9}) ?\\overline ?\{(\d+)\}", repeating),
     (r"(?<![\w.^}])(\d+) ?(?:\\frac ?\{(\d+)\} ?\{(\d+)\}|(?<= )(\d+) ?/ ?(\d+))", improper),
     (r"^[\s=≈,:]+|[\s,:.]+$", ""),
 ]]
@@ -135,9 +118,6 @@ def normalize(s: str) -> str:
 
 
 # -------------------------------------------------------------------------------------- values
-Number = mpmath.mpf | mpmath.mpc
-
-
 def plus(x: Number, y: Number) -> Number:
     large, little = max(abs(x), abs(y)), min(abs(x), abs(y))
     if 0 < little < SWALLOWED * large < mp.inf:
@@ -146,8 +126,6 @@ def plus(x: Number, y: Number) -> Number:
 
 
 def power(x: Number, y: Number) -> Number:
-    if x == 0 and mp.re(y) > 0:
-        return x
     if abs(y * mp.ln(x)) > MAX_LOG:
         raise ValueError
     return mp.power(x, y)
@@ -160,8 +138,8 @@ def factorial(x: Number) -> Number:
 
 
 CONSTANTS = {"e": +mp.e, "i": mp.mpc(0, 1), r"\pi": +mp.pi, r"\infty": mp.inf}
-MPMATH = {"log": "ln", "lg": "log10", "arcsin": "asin", "arccos": "acos", "arctan": "atan",
-          "arcsinh": "asinh"}
+MPMATH = dict(zip("log lg arcsin arccos arctan arcsinh".split(),
+                  "ln log10 asin acos atan asinh".split(), strict=True))
 OPERATIONS = {name: getattr(mp, MPMATH.get(name, name)) for name in FUNCTIONS} | {
     "^": power, "!": factorial, "abs": abs, "neg": operator.neg, "+": plus, "*": operator.mul,
     "/": lambda x: 1 / x,
@@ -190,11 +168,9 @@ def evaluate(tree: tuple, point: int) -> Number:
     values = [evaluate(part, point) for part in parts]
     if kind in "+*":
         return reduce(OPERATIONS[kind], values)
-    size = abs(values[0])
-    if kind in FUNCTIONS and size > MAX_LOG:
+    if kind in FUNCTIONS and abs(values[0]) > MAX_LOG:
         raise ValueError
-    result = OPERATIONS[kind](*values)
-    return mp.zero if kind in FUNCTIONS and abs(result) < ROUNDING * size else result  # sin(pi)
+    return OPERATIONS[kind](*values)
 
 
 def close(x: Number, y: Number) -> bool:
@@ -202,17 +178,17 @@ def close(x: Number, y: Number) -> bool:
 
 
 # ------------------------------------------------------------------------------------- grammar
-NAMES = {"\\" + name for name in GREEK.values()} - {r"\pi"} | {
-    r"\ell", r"\hbar", r"\dot", r"\ddot", r"\hat", r"\bar", r"\tilde", r"\overline", r"\mathcal"}
+NAMES = {"\\" + name for name in GREEK.values()} - {r"\pi"} | {r"\ell", r"\hbar"}
 OPENING, CLOSING = "([{⦃⟦", ")]}⦄⟧"
 TOKEN = re.compile(
     r"(?:\d+\.?\d*|\.\d+)(?:[eE](?:-?\d{1,4}|\+\d{2,4}))?"
     r"|_\s*(?:\{(?:[^{}]|\{[^{}]*\})*\}|\\[A-Za-z]+|\d+|\w)"
     r"""|"\s*[A-Za-z]\s*"|\\?[A-Za-z]+|\S""", re.ASCII)
-SUM, PRODUCT, POWER, END = 1, 2, 3, " "  # how tightly operators bind
+END = " "
 CALL = re.compile(  # f(x+1), I(0), u(x, t): a function without a value
     r"(?<![A-Za-z\\_])(?:[fg]'*|[A-Za-z](?:_\w)?'+|[A-Za-z](?:_\w)?(?=\( ?[\w\\., ]+\))) ?\(")
-BINDING = {"+": SUM, "-": SUM, "*": PRODUCT, "/": PRODUCT, "^": POWER, "!": POWER, "°": POWER}
+SUM, PRODUCT, POWER = 1, 2, 3  # how tightly operators bind
+BINDING = dict(zip("+-*/^!°", (SUM, SUM, PRODUCT, PRODUCT, POWER, POWER, POWER), strict=True))
 NUMBER = re.compile(r"\.?\d[^_]*$")
 CLOSERS = {"(": ")", "[": "]", "{": "}", "|": "|"}
 
@@ -355,7 +331,6 @@ def parse(s: str) -> tuple | None:
         return None
 
 
-@lru_cache(maxsize=16384)
 def value(tree: tuple, point: int) -> Number | None:
     try:
         x = evaluate(tree, point)
@@ -376,31 +351,29 @@ def has(tree: tuple, *kinds: str) -> bool:
 
 
 # --------------------------------------------------------------------------------------- units
-SAME_UNITS = {name: unit for unit, names in {
-    "meter": "m", "centimeter": "cm", "millimeter": "mm", "kilometer": "km", "inch": "in inche",
-    "foot": "ft feet", "mile": "mi", "gram": "g", "kilogram": "kg", "pound": "lb", "second": "s sec",
-    "minute": "min", "hour": "h hr", "day": "", "week": "", "month": "", "year": "", "cent": "",
-    "dollar": "usd", "euro": "", "rupee": "", "degree": "", "radian": "rad",
-}.items() for name in (unit, *names.split())}
-MULTIPLES = {"thousand": 10**3, "million": 10**6, "billion": 10**9}
-NO_UNITS = set("not no or if unless except maybe is are was but else otherwise wrong plus minus a p "
-               "am pm times and either neither than less more when where for all to".split())
+SAME_UNITS = {name: unit for unit, *names in map(str.split, (
+    "meter m|centimeter cm|millimeter mm|kilometer km|inch in inche|foot ft feet|mile mi|gram g|"
+    "kilogram kg|pound lb|second s sec|minute min|hour h hr|day|week|month|year|cent|dollar usd|"
+    "euro|rupee|degree|radian rad").split("|")) for name in (unit, *names)}
+NO_UNITS = set("not no or if unless except maybe is are was but else otherwise wrong plus minus "
+               "a p am pm thousand million billion dozen times and either neither than less more when where for all to".split())
 UNIT = re.compile(
     r'("[^"]*"|°(?: ?"?[CF]"?)?'
-    r"|(?<=[\d )}])(?:cm|mm|km|kg|mg|ft|in|lbs?|mph|mi|hrs?|min|sec|day)(?![\w(])"
+    r"|(?:(?<=\d)|(?<= ))(?:cm|mm|ft|mph|lbs|hrs)(?![\w(])"
+    r"|(?<= )(?:km|kg|mg|in|lb|mi|hr|min|sec|day)(?![\w(])"
     r"|(?<=\d )[mshg](?= ?/|$)|(?<= )[A-Za-z]{4,})"
     r'(?: ?"[^"]*"| [A-Za-z]{2,}(?![A-Za-z])| ?/ ?[A-Za-z]+(?![A-Za-z])|\^\{?-?\d\}?|[*/ ])*$')
 
 
-def measured(s: str) -> tuple[str, frozenset, int]:
-    """s without a trailing unit, the units that have a name here, and the factor (million)."""
+def measured(s: str) -> tuple[str, frozenset]:
+    """s without a trailing unit, and the units that have a name here."""
     m = UNIT.search(s)
-    words = re.findall("[a-z]+", m[0].lower().replace(".m.", "m")) if m else []
-    if m is None or NO_UNITS & set(words) or len(words) > 6 or re.search(r"(?<![\^{-])\d", m[0]):
-        return s, frozenset(), 1
+    words = re.findall("[a-z]+", m[0].lower()) if m else []
+    if m is None or NO_UNITS & set(words) or re.search(r"(?<![\^{-])\d", m[0]):
+        return s, frozenset()
     singular = [word if word in SAME_UNITS else word.removesuffix("s") for word in words]
     names = frozenset(SAME_UNITS[word] for word in singular if word in SAME_UNITS)
-    return s[:m.start()].strip(), names, math.prod(MULTIPLES.get(word, 1) for word in singular)
+    return s[:m.start()].strip(), names
 
 
 # ---------------------------------------------------------------------------------- structure
@@ -435,14 +408,9 @@ def items(s: str) -> list[str]:
             parts[0] = sides[1]  # x = 1, 2
         return [item for part in parts for item in items(part)]
     content = inside(s, "([{")
-    if content is not None and s[0] + s[-1] in ("()", "[]", "{}") and not split(content, ",")[1]:
+    if content is not None and (s[-1] in ")}" or content[:1] == "⟦") and "," not in content:
         return items(content)
-    return [s.replace("±", "+"), s.replace("±", "-")] if s.count("±") == 1 else [s]
-
-
-def joints(s: str) -> set[str]:
-    """How inequalities are joined: by or (the same as a union), by and, by commas."""
-    return set(split(s, ",∪∨∧")[1].replace("∨", "∪")) if re.search("[<>≤≥≠]", s) else set()
+    return [s.replace("±", sign) for sign in "+-"] if s.count("±") == 1 else [s]
 
 
 def as_tuple(s: str) -> str:
@@ -490,6 +458,7 @@ def worked(answer: tuple, gold: tuple) -> bool:
 
 # ------------------------------------------------------------------------------------ relations
 RELATIONS = "=≈<>≤≥≠∈"
+INEQUALITY = re.compile("[<>≤≥≠]")
 FLIP = str.maketrans("<≤>≥", ">≥<≤")
 VARIABLE = re.compile(r"(?:\\[A-Za-z]+|[A-Za-z])(?:_\w|_\{[^{}]*\})?'*(?: ?\([^()]*\))?")
 LABEL = re.compile(  # Total area, AB, (x, y), |AB|, m∠A, P(A|B), f'(x), sin A, M ∩ N, dy/dx
@@ -543,16 +512,11 @@ def same_relation(a: str, g: str, same) -> bool | None:
     if not a_ops and not g_ops:
         return None
     if a_ops != g_ops:
-        x, y = [stated(s) if ops else s for s, ops in ((a, a_ops), (g, g_ops))]
-        return bool(x and y) and same(x, y)
+        a, g = stated(a) if a_ops else a, stated(g) if g_ops else g
+        return bool(a and g) and same(a, g)
     if all(map(same, left, right)):
         return True
-    solved = any(map(VARIABLE.fullmatch, right)) and set(map(constant_value, right)) != {None}
-    if a_ops != "=" or solved:
-        return False
-    (a, b), (c, d) = left, right
-    same_sign = same_value(f"({a})-({b})", f"({c})-({d})")
-    return same_sign or same_value(f"({a})-({b})", f"({d})-({c})")
+    return a_ops in "=≠" and same(left[0], right[1]) and same(left[1], right[0])
 
 
 def same_value(a: str, g: str) -> bool:
@@ -560,15 +524,15 @@ def same_value(a: str, g: str) -> bool:
 
     A trailing unit is read as variables first, unless both sides have one.
     """
-    (a_bare, a_units, a_factor), (g_bare, g_units, g_factor) = measured(a), measured(g)
-    if (a == a_bare or g == g_bare) and a_factor == g_factor and same_trees(a, g, 1):
+    (a_bare, a_units), (g_bare, g_units) = measured(a), measured(g)
+    if (a == a_bare or g == g_bare) and same_trees(a, g):
         return True
     if a_units and g_units and a_units != g_units:
         return False
-    return same_trees(a_bare, g_bare, mp.mpf(a_factor) / g_factor)
+    return same_trees(a_bare, g_bare)
 
 
-def same_trees(a: str, g: str, factor: Number) -> bool:
+def same_trees(a: str, g: str) -> bool:
     """Whether two expressions have one value at every point, and no work left in a."""
     answer, gold = parse(a), parse(g)
     if answer is None or gold is None or not worked(answer, gold):
@@ -576,7 +540,7 @@ def same_trees(a: str, g: str, factor: Number) -> bool:
     count = 7 if has(("+", answer, gold), "abs") else 5
     points = range(1 if not has(answer, "name") and not has(gold, "name") else count)
     pairs = [(value(answer, p), value(gold, p)) for p in points]
-    seen = [close(x * factor, y) for x, y in pairs if x is not None and y is not None]
+    seen = [close(x, y) for x, y in pairs if x is not None and y is not None]
     return len(seen) >= min(2, len(points)) and all(seen)
 
 

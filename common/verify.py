@@ -5,14 +5,14 @@ verify(text, gold) -> 0.0 or 1.0; extract_answer and equivalent are its two halv
 Policy.
 1. Values are equal, not spellings: 0.5 = \frac12 = 1/2. A rounded decimal of a value that does not
    end is wrong. A percent sign is ignored: 28\% is 28 and not 0.28.
-2. A number (or x = number) as gold wants the work done: one root, power, fraction or function value,
-   but no sum or product of numbers except 3 \times 10^8, and no 84/2 for 42. Where the gold keeps
+2. A number (or x = number) as gold wants the work done: one root, power, fraction or function
+   value, but no sum or product of numbers except 3 \times 10^8, and no 84/2 for 42. Where the gold keeps
    such a form (1+\sqrt2, 2^{10}-1), so may the answer. x = 2 is not 2x = 4.
 3. Units and currencies are ignored where one side has none; two known and different ones differ.
-   "5 million" is 5000000.
+   Scale words ("5 million") only match as text.
 4. Tuples keep their order, intervals their ends, numerals their base; lists and sets have no order.
-   \pm is two values. Inequalities joined by "or" are not those joined by "and".
-5. A leading `x =` is ignored; other equations are equal when one is a multiple of the other.
+   \pm is two values. Several inequalities only match as a string.
+5. A leading `x =` is ignored; other equations are equal side by side, in either order.
 6. Text ignores case and articles; letters of a text do not commute. A choice is its letter.
 7. The last box is the answer, boxes side by side are one list, text up to </think> does not count.
    Without a box the last "answer is" or the like counts; without that, nothing does: 0.
@@ -119,7 +119,7 @@ def same(a: str, g: str) -> bool:
         return bool(math.stated(a)) and same(math.stated(a), g)
     if len(right) == 1:
         return bool(math.stated(g)) and same(a, math.stated(g))
-    return math.joints(a) == math.joints(g) and same_members(left, right)
+    return not math.INEQUALITY.search(a + g) and same_members(left, right)
 
 
 def same_members(left: list[str], right: list[str]) -> bool:
