@@ -35,7 +35,7 @@ UNICODE = str.maketrans({letter: f"\\{name} " for letter, name in GREEK.items()}
     "√": r"\sqrt ", "∞": r"\infty ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}", "…": "...", '"': ""})
 UNICODE |= str.maketrans("×·⋅÷⁄−–’′~⟨⟩、;", "***//--'' (),,")
 FUNCTIONS = "sin cos tan cot sec csc sinh cosh exp ln log lg arcsin arccos arctan arcsinh".split()
-WORDS = {*FUNCTIONS, "pi", "sqrt", "infty", "max", "min", "gcd", "tanh"}
+WORDS = {*FUNCTIONS, "pi", "sqrt", "infty"}
 SYNONYMS = {name: symbol for symbol, *names in map(str.split, (
     r"* cdot times ast|/ div|≤ le leq leqslant|≥ ge geq geqslant|< lt|> gt|≠ ne neq|≈ approx|∈ in|"
     r"∪ cup|± pm|° degree degrees circ|' prime|( langle|) rangle|⦃ lbrace|⦄ rbrace|"
@@ -81,6 +81,8 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in [
     (r"\\([A-Za-z]+)", lambda m: SYNONYMS.get(m[1], m[0])),
     (r"\\(frac|binom)\s*(\d)", r"\\\1{\2}"),
     (r"\\(frac|binom)\s*(\{[^{}]*\})\s*(\d)", r"\\\1\2{\3}"),
+    (rf"(?<![\\A-Za-z])({'|'.join(WORDS)})(?![A-Za-z])", r"\\\1 "),
+    (r"\^ ?-(\w+)", r"^{-\1}"),
     (r"\^\s*\{?\s*°\s*\}?", "°"),
     (r',?\s*(?:"[\s,]*or\s*"|\bor\b)', "∨"),
     (r',?\s*(?:"[\s,]*and\s*"|\band\b)', "∧"),
@@ -90,6 +92,10 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in [
     (r'"([^"A-Za-z]*)"', r" \1 "),
     (r'^\s*"([^"]*[\d=,∨∧][^"]*)"\s*$', r"\1"),
     (rf'(?i)^[\s"]*(?:(?:{LEADING})\b[\s":]*)+(?=[\W\dA-Z])', ""),
+    (r'(?<=\d) ?"?\s*million\b\s*"?', "*10^6"),
+    (r"(?<=\d)个$", ""),
+    (r", ?&", "&"),
+    (r"⦃[^|⦃⦄]*\|([^⦃⦄]*)⦄", r"\1"),  # a set builder is its condition
     (r"(?<=\d) ?[xX] ?(?=10 ?\^)", "*"),
     (r"\s+", " "),
     (r"(?<![\w.^}])(\d+) ?(?:\\frac ?\{(\d+)\} ?\{(\d+)\}|(?<= )(\d+) ?/ ?(\d+))", improper),
@@ -103,9 +109,7 @@ def normalize(s: str) -> str:
     s = re.sub(r"([⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+)", r"^{\1}", " ".join(s.split()))
     s = re.sub(r"([₀-₉]+)", r"_{\1}", s)
     s = re.sub(r"([¼½¾⅓⅔])", r" \1 ", s).translate(UNICODE)
-    folded = unicodedata.normalize("NFKC", s)
-    if len(folded) <= 2 * MAX_CHARS:  # one character can become 18
-        s = folded.translate(UNICODE)
+    s = unicodedata.normalize("NFKC", s).translate(UNICODE)
     if len(re.findall(r"(?<!\\)\$", s)) == 1:  # no pair of them that opens and closes formulas
         s = s.replace("$", r"\$")
     for spelling in SPELLINGS:
@@ -181,9 +185,9 @@ def close(x: Number, y: Number) -> bool:
 NAMES = {"\\" + name for name in GREEK.values()} - {r"\pi"} | {r"\ell", r"\hbar"}
 OPENING, CLOSING = "([{⦃⟦", ")]}⦄⟧"
 TOKEN = re.compile(
-    r"(?:\d+\.?\d*|\.\d+)(?:[eE](?:-?\d{1,4}|\+\d{2,4}))?"
-    r"|_\s*(?:\{(?:[^{}]|\{[^{}]*\})*\}|\\[A-Za-z]+|\d+|\w)"
-    r"""|"\s*[A-Za-z]\s*"|\\?[A-Za-z]+|\S""", re.ASCII)
+    r"(?:\d+\.?\d*|\.\d+)(?:[eE](?:-?\d{1,4}(?!\d)|\+\d{2,4}))?(?!_)"
+    r"|(?:\\[A-Za-z]+|[A-Za-z]|\d+)(?: ?_ ?(?:\{(?:[^{}]|\{[^{}]*\})*\}|\\[A-Za-z]+|\d+|\w))?'*"
+    r"""|"\s*[A-Za-z]\s*"|\S""", re.ASCII)
 END = " "
 CALL = re.compile(  # f(x+1), I(0), u(x, t): a function without a value
     r"(?<![A-Za-z\\_])(?:[fg]'*|[A-Za-z](?:_\w)?'+|[A-Za-z](?:_\w)?(?=\( ?[\w\\., ]+\))) ?\(")
@@ -193,29 +197,13 @@ NUMBER = re.compile(r"\.?\d[^_]*$")
 CLOSERS = {"(": ")", "[": "]", "{": "}", "|": "|"}
 
 
-def tokenize(s: str) -> list[str]:
-    r"""Numbers, single letters and \macros with subscripts and primes."""
-    tokens: list[str] = []
-    for token in TOKEN.findall(s):
-        word = token.strip('" ')
-        if token[0] in "_'" and tokens:
-            tokens[-1] += re.sub(r"\s", "", token)
-        elif word in WORDS:
-            tokens.append("\\" + word)
-        elif word.isalpha():
-            tokens += word
-        else:
-            tokens.append(token)
-    if len(tokens) > MAX_TOKENS:
-        raise ValueError
-    return tokens
-
-
 class Parser:
     """Reads the tree of an expression: (kind, parts...); raises ValueError where there is none."""
 
     def __init__(self, s: str):
-        self.tokens, self.i = [*tokenize(s), END], 0
+        self.tokens, self.i = [t.strip('" ') or t for t in TOKEN.findall(s)] + [END], 0
+        if len(self.tokens) > MAX_TOKENS:
+            raise ValueError
         self.bars = False  # whether | is open
 
     @property
@@ -251,7 +239,7 @@ class Parser:
 
     def operation(self, op: str, x: tuple) -> tuple:
         if op in "!^°":
-            x = ("^", x, self.argument()) if op == "^" else (op, x)
+            x = ("^", x, self.operand()) if op == "^" else (op, x)
             if self.next == op:
                 raise ValueError
             return x
@@ -271,13 +259,6 @@ class Parser:
         named = token[0] in ".\\" and len(token) > 1
         return token[0].isalnum() or named or token in "([{"
 
-    def argument(self) -> tuple:
-        r"""What follows ^, \frac, \sqrt: a group or a token."""
-        if self.next != "-":
-            return self.operand()
-        self.take()
-        return ("neg", self.argument())
-
     def operand(self) -> tuple:
         token = self.take()
         base, _, subscript = token.partition("_")
@@ -295,13 +276,13 @@ class Parser:
         if base[1:] in FUNCTIONS:
             return self.function(base[1:], subscript)
         if token[0].isalnum() or base.rstrip("'") in NAMES:  # 52_8 is a name as well
-            return ("name", re.sub(r"[{}]", "", token))
+            return ("name", re.sub(r"[{} ]", "", token))
         if token in (r"\frac", r"\binom"):
-            first, second = self.argument(), self.argument()
+            first, second = self.operand(), self.operand()
             return ("*", first, ("/", second)) if token == r"\frac" else ("binom", first, second)
         if token == r"\sqrt":
             degree = self.operand() if self.next == "[" else ("number", mp.mpf(2))
-            return ("root", self.argument(), degree)
+            return ("root", self.operand(), degree)
         raise ValueError
 
     def function(self, name: str, base: str) -> tuple:
@@ -309,7 +290,7 @@ class Parser:
         exponent = None
         if self.next == "^":
             self.take()
-            exponent = self.argument()
+            exponent = self.operand()
         if exponent == ("neg", ("number", 1)):  # arcsin or 1/sin
             raise ValueError
         bracketed = self.next in "([{|"
@@ -350,17 +331,17 @@ def has(tree: tuple, *kinds: str) -> bool:
     return any(part[0] in kinds for part in walk(tree))
 
 
-# --------------------------------------------------------------------------------------- units
 SAME_UNITS = {name: unit for unit, *names in map(str.split, (
     "meter m|centimeter cm|millimeter mm|kilometer km|inch in inche|foot ft feet|mile mi|gram g|"
     "kilogram kg|pound lb|second s sec|minute min|hour h hr|day|week|month|year|cent|dollar usd|"
     "euro|rupee|degree|radian rad").split("|")) for name in (unit, *names)}
-NO_UNITS = set("not no or if unless except maybe is are was but else otherwise wrong plus minus "
-               "a p am pm thousand million billion dozen times and either neither than less more when where for all to".split())
+NO_UNITS = set(
+    "not no or if unless except maybe is are was but else otherwise wrong plus minus times and "
+    "either neither than less more when where for all to a p am pm thousand million billion dozen".split())
 UNIT = re.compile(
     r'("[^"]*"|°(?: ?"?[CF]"?)?'
     r"|(?:(?<=\d)|(?<= ))(?:cm|mm|ft|mph|lbs|hrs)(?![\w(])"
-    r"|(?<= )(?:km|kg|mg|in|lb|mi|hr|min|sec|day)(?![\w(])"
+    r"|(?<= )(?:km|kg|mg|in|lb|mi|hr|min|sec|day|per)(?![\w(])"
     r"|(?<=\d )[mshg](?= ?/|$)|(?<= )[A-Za-z]{4,})"
     r'(?: ?"[^"]*"| [A-Za-z]{2,}(?![A-Za-z])| ?/ ?[A-Za-z]+(?![A-Za-z])|\^\{?-?\d\}?|[*/ ])*$')
 
@@ -376,7 +357,6 @@ def measured(s: str) -> tuple[str, frozenset]:
     return s[:m.start()].strip(), names
 
 
-# ---------------------------------------------------------------------------------- structure
 def split(s: str, separators: str) -> tuple[list[str], str]:
     """The parts of s between separators outside all brackets, and these separators."""
     parts, found, depth, start = [], "", 0, 0
@@ -422,7 +402,6 @@ def as_tuple(s: str) -> str:
     return "(" + ",".join(parts[1] for parts, _ in sorted(sides)) + ")"
 
 
-# --------------------------------------------------------------------------------- work to do
 TEN = ("number", 10)
 
 
@@ -525,20 +504,18 @@ def same_value(a: str, g: str) -> bool:
     A trailing unit is read as variables first, unless both sides have one.
     """
     (a_bare, a_units), (g_bare, g_units) = measured(a), measured(g)
-    if (a == a_bare or g == g_bare) and same_trees(a, g):
+    if (a == a_bare or g == g_bare) and same_trees(parse(a), parse(g)):
         return True
-    if a_units and g_units and a_units != g_units:
-        return False
-    return same_trees(a_bare, g_bare)
+    differ = a_units and g_units and a_units != g_units
+    return not differ and same_trees(parse(a_bare), parse(g_bare))
 
 
-def same_trees(a: str, g: str) -> bool:
-    """Whether two expressions have one value at every point, and no work left in a."""
-    answer, gold = parse(a), parse(g)
+def same_trees(answer: tuple | None, gold: tuple | None) -> bool:
+    """Whether two trees have one value at every point, and no work left in the answer."""
     if answer is None or gold is None or not worked(answer, gold):
         return False
-    count = 7 if has(("+", answer, gold), "abs") else 5
-    points = range(1 if not has(answer, "name") and not has(gold, "name") else count)
+    both = ("+", answer, gold)
+    points = range(1 if not has(both, "name") else 7 if has(both, "abs") else 5)
     pairs = [(value(answer, p), value(gold, p)) for p in points]
     seen = [close(x, y) for x, y in pairs if x is not None and y is not None]
     return len(seen) >= min(2, len(points)) and all(seen)
@@ -563,7 +540,7 @@ def plain(s: str) -> str:
 def is_text(s: str) -> bool:
     """Whether an answer consists of words: yes, Navin, an ellipse, (iv), HHT. Not xy or sin x."""
     words = re.findall(r"[^\W\d_]+", s)
-    if WORDS & set(words) or re.search(r"[\\\d=+*/^_|<>∨≈≠≤≥]|-\s", s):
+    if re.search(r"[\\\d=+*/^_|<>∨≈≠≤≥]|-\s", s):
         return False
     quoted = re.fullmatch(r'"[^"]*"', s) and len(s) > 3
     word = re.compile("[ivx]{2,}|[IVX]{2,}|[A-Z]{3}|[A-Z][a-z]+|(?i:yes|no)")

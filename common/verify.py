@@ -6,10 +6,10 @@ Policy.
 1. Values are equal, not spellings: 0.5 = \frac12 = 1/2. A rounded decimal of a value that does not
    end is wrong. A percent sign is ignored: 28\% is 28 and not 0.28.
 2. A number (or x = number) as gold wants the work done: one root, power, fraction or function
-   value, but no sum or product of numbers except 3 \times 10^8, and no 84/2 for 42. Where the gold keeps
-   such a form (1+\sqrt2, 2^{10}-1), so may the answer. x = 2 is not 2x = 4.
+   value, but no sum or product of numbers except 3 \times 10^8, and no 84/2 for 42. Where the gold
+   keeps such a form (1+\sqrt2, 2^{10}-1), so may the answer. x = 2 is not 2x = 4.
 3. Units and currencies are ignored where one side has none; two known and different ones differ.
-   Scale words ("5 million") only match as text.
+   "5 million" is 5000000.
 4. Tuples keep their order, intervals their ends, numerals their base; lists and sets have no order.
    \pm is two values. Several inequalities only match as a string.
 5. A leading `x =` is ignored; other equations are equal side by side, in either order.
