@@ -130,7 +130,7 @@ def plus(x: Number, y: Number) -> Number:
 
 
 def power(x: Number, y: Number) -> Number:
-    if abs(y * mp.ln(x)) > MAX_LOG:
+    if x != 0 and abs(y * mp.ln(x)) > MAX_LOG:
         raise ValueError
     return mp.power(x, y)
 
@@ -336,8 +336,8 @@ SAME_UNITS = {name: unit for unit, *names in map(str.split, (
     "kilogram kg|pound lb|second s sec|minute min|hour h hr|day|week|month|year|cent|dollar usd|"
     "euro|rupee|degree|radian rad").split("|")) for name in (unit, *names)}
 NO_UNITS = set(
-    "not no or if unless except maybe is are was but else otherwise wrong plus minus times and "
-    "either neither than less more when where for all to a p am pm thousand million billion dozen".split())
+    "not no or if unless except maybe is are was but else otherwise wrong plus minus times and to "
+    "either neither than less more when where for all a p am pm thousand billion dozen".split())
 UNIT = re.compile(
     r'("[^"]*"|°(?: ?"?[CF]"?)?'
     r"|(?:(?<=\d)|(?<= ))(?:cm|mm|ft|mph|lbs|hrs)(?![\w(])"
@@ -391,6 +391,17 @@ def items(s: str) -> list[str]:
     if content is not None and (s[-1] in ")}" or content[:1] == "⟦") and "," not in content:
         return items(content)
     return [s.replace("±", sign) for sign in "+-"] if s.count("±") == 1 else [s]
+
+
+def parts(s: str) -> tuple[str, list[str]]:
+    """The rows or cells of a matrix, a ratio's terms, a tuple's members, and what separates them."""
+    rows = inside(s, "⟦") or s
+    for separator in "¦&:":
+        cells, found = split(rows, separator)
+        if found:
+            return separator, cells
+    members, found = split(inside(s, "([") or "", ",")
+    return (s[0] + s[-1], members) if found else ("", [])
 
 
 def as_tuple(s: str) -> str:
@@ -526,9 +537,10 @@ def squeezed(s: str) -> str:
     return re.sub(r"(?<!\d) | (?!\d)", "", s)  # "1 1/2" is not "11/2"
 
 
-def brackets_of(s: str) -> int:
-    """How deep brackets are nested."""
-    return max(accumulate((c in OPENING) - (c in CLOSING) for c in s))
+def too_large(s: str) -> bool:
+    """Whether brackets are nested too deep or a list is too long."""
+    depth = max(accumulate((c in OPENING) - (c in CLOSING) for c in s))
+    return depth > MAX_DEPTH or len(items(s)) > MAX_ITEMS
 
 
 def plain(s: str) -> str:

@@ -26,11 +26,12 @@ import json
 import re
 import sys
 import time
+from collections import Counter
 
 from common import mathequal as math
 
 MAX_TAIL = 20_000  # characters of a response that are searched
-BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:(\{)|([-+]?\d[\d.,]*\b|[A-Za-z]\b))")
+BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|([-+]?\d[\d.,]*\b|[A-Za-z]\b))")
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # "\\." steps over \{ and \}
 GLUE = re.compile(r"(?:(?!\n\n)[\s$,;&]|\\[()]|\\q?quad|\\text\s*\{\s*(?:and|or)\s*\}|and|or)*")
 DRAFT = re.compile(r"(?s)^.*</think>|<think>.*|<\|\w+\|>|</s>")
@@ -67,20 +68,24 @@ def boxed(text: str) -> list[str]:
             continue
         if not GLUE.fullmatch(text, end, box.start()):
             found = []
-        content, end = (box[2], box.end()) if box[2] else group(text, box.end())
+        content, end = box[1], box.end()
+        if not content:
+            end = closing(text, end)
+            content = text[box.end():end - 1] if end else ""
+            end = end or len(text)
         inner = re.fullmatch(r"\s*\\boxed\s*\{(.*)\}\s*", content, re.DOTALL)
         found.append((inner[1] if inner else content).strip())
     return found
 
 
-def group(text: str, start: int) -> tuple[str, int]:
-    """The text up to the brace that closes, and where it ends; "" if none closes."""
+def closing(text: str, start: int) -> int:
+    """Where the group that is open at start ends; 0 if nowhere."""
     depth = 1
     for brace in BRACE.finditer(text, start):
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
         if depth == 0:
-            return text[start:brace.start()], brace.end()
-    return "", len(text)
+            return brace.end()
+    return 0
 
 
 def equivalent(answer: str, gold: str) -> bool:
@@ -93,13 +98,13 @@ def equivalent(answer: str, gold: str) -> bool:
     a, g = math.normalize(answer), math.normalize(gold)
     if not a or not g or math.squeezed(a) == math.squeezed(g):
         return bool(a and g)
-    for s in (a, g):
-        if math.brackets_of(s) > math.MAX_DEPTH or len(math.items(s)) > math.MAX_ITEMS:
-            return False
-    (letter, rest), (gold_letter, gold_rest) = math.choice(a), math.choice(g)
-    if letter and gold_letter:
-        return letter == gold_letter and (not rest or not gold_rest or same(rest, gold_rest))
-    return same(rest or a, gold_rest or g)
+    if math.too_large(a) or math.too_large(g):
+        return False
+    letter, rest = math.choice(a)
+    gold_letter, gold_rest = math.choice(g)
+    if not letter or not gold_letter:
+        return same(rest or a, gold_rest or g)
+    return letter == gold_letter and (not rest or not gold_rest or same(rest, gold_rest))
 
 
 def same(a: str, g: str) -> bool:
@@ -116,9 +121,11 @@ def same(a: str, g: str) -> bool:
     if len(left) == len(right) == 1:
         return same_single(left[0], right[0])
     if len(left) == 1:
-        return bool(math.stated(a)) and same(math.stated(a), g)
+        says = math.stated(a)
+        return says != "" and same(says, g)
     if len(right) == 1:
-        return bool(math.stated(g)) and same(a, math.stated(g))
+        says = math.stated(g)
+        return says != "" and same(a, says)
     return not math.INEQUALITY.search(a + g) and same_members(left, right)
 
 
@@ -134,20 +141,14 @@ def same_members(left: list[str], right: list[str]) -> bool:
 
 
 def same_single(a: str, g: str) -> bool:
-    """Whether two relations, tuples, intervals, matrices, ratios or values are equal."""
+    """Whether two relations, matrices, ratios, tuples, intervals or values are equal."""
     relation = math.same_relation(a, g, same)
     if relation is not None:
         return relation
-    a, g = math.inside(a, "⟦") or a, math.inside(g, "⟦") or g
-    for separator in "¦&:":
-        a_parts, g_parts = math.split(a, separator)[0], math.split(g, separator)[0]
-        if len(a_parts) > 1 or len(g_parts) > 1:
-            return len(a_parts) == len(g_parts) and all(map(same, a_parts, g_parts))
-    a_parts, g_parts = [math.split(math.inside(s, "([") or "", ",")[0] for s in (a, g)]
-    if len(a_parts) > 1 or len(g_parts) > 1:
-        ends = a[0] + a[-1] == g[0] + g[-1]
-        return ends and len(a_parts) == len(g_parts) and all(map(same, a_parts, g_parts))
-    return math.same_value(a, g)
+    (a_kind, a_parts), (g_kind, g_parts) = math.parts(a), math.parts(g)
+    if a_kind != g_kind or len(a_parts) != len(g_parts):
+        return False
+    return all(map(same, a_parts, g_parts)) if a_kind else math.same_value(a, g)
 
 
 def verify(text: str, gold: str) -> float:
@@ -168,25 +169,21 @@ def main(path: str = "") -> None:
     """Print accuracy and speed on labelled rows; a row whose label is null is left out."""
     rows = []
     try:
-        with open(path, encoding="utf-8") as file:
-            for line in file:
-                row = json.loads(line)
-                right = row["right"] if "right" in row else row["expect"]
-                if right is not None:
-                    rows.append((row.get("text") or row.get("pred"), row["gold"], bool(right)))
-        if not rows:
-            raise ValueError("no rows")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        message = f"error: {path or 'pairs.jsonl'}: give a file of rows text, gold, right ({error})"
-        print(message, file=sys.stderr)
+        for line in open(path, encoding="utf-8"):
+            row = json.loads(line)
+            label = row["right"] if "right" in row else row["expect"]
+            if label is not None:
+                rows.append((row.get("text", row.get("pred")), row["gold"], label))
+        start = time.perf_counter()
+        found = [verify(text, gold) for text, gold, _ in rows]
+        rate = len(rows) / (time.perf_counter() - start)
+        pairs = Counter((label == 1, reward == 1) for reward, (*_, label) in zip(found, rows))
+        right = (pairs[True, True] + pairs[False, False]) / len(rows)
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError) as error:
+        print(f"error: {path}: give a file of rows text, gold, right ({error})", file=sys.stderr)
         raise SystemExit(2) from None
-    start = time.perf_counter()
-    found = [verify(text, gold) == 1 for text, gold, _ in rows]
-    rate = len(rows) / (time.perf_counter() - start)
-    accepted = sum(yes and not right for yes, (*_, right) in zip(found, rows, strict=True))
-    refused = sum(right and not yes for yes, (*_, right) in zip(found, rows, strict=True))
-    print(f"{len(rows)} pairs, {rate:.0f} per second, {1 - (accepted + refused) / len(rows):.2%} "
-          f"right; wrongly accepted {accepted}, wrongly refused {refused}")
+    print(f"{len(rows)} pairs, {rate:.0f} per second, {right:.2%} right; wrongly accepted "
+          f"{pairs[False, True]}, wrongly refused {pairs[True, False]}")
 
 
 if __name__ == "__main__":
