@@ -31,8 +31,11 @@ from collections import Counter
 from common import mathequal as math
 
 MAX_TAIL = 20_000  # characters of a response that are searched
-BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|([-+]?\d[\d.,]*\b|[A-Za-z]\b))")
-BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # "\\." steps over \{ and \}
+GROUP = ""
+for _ in range(12):  # braces nested this deep; an escaped one does not count
+    GROUP = rf"(?:[^{{}}\\]|\\.|\{{{GROUP}\}})*+"
+BOX = re.compile(
+    rf"(?s)\\(?:boxed|fbox)\s*(?:\{{({GROUP})\}}|\{{|([-+]?\d[\d.,]*\b|[A-Za-z]\b))")
 GLUE = re.compile(r"(?:(?!\n\n)[\s$,;&]|\\[()]|\\q?quad|\\text\s*\{\s*(?:and|or)\s*\}|and|or)*")
 DRAFT = re.compile(r"(?s)^.*</think>|<think>.*|<\|\w+\|>|</s>")
 PHRASE = re.compile(
@@ -64,28 +67,12 @@ def boxed(text: str) -> list[str]:
     """The contents of the last boxes that stand side by side; "" for one that is never closed."""
     found, end = [], 0
     for box in BOX.finditer(text):
-        if box.start() < end:  # a box within a box
-            continue
         if not GLUE.fullmatch(text, end, box.start()):
             found = []
-        content, end = box[1], box.end()
-        if not content:
-            end = closing(text, end)
-            content = text[box.end():end - 1] if end else ""
-            end = end or len(text)
-        inner = re.fullmatch(r"\s*\\boxed\s*\{(.*)\}\s*", content, re.DOTALL)
-        found.append((inner[1] if inner else content).strip())
+        content, end = (box[1] or box[2] or "").strip(), box.end()
+        inner = BOX.fullmatch(content)
+        found.append(inner[1] or "" if inner else content)
     return found
-
-
-def closing(text: str, start: int) -> int:
-    """Where the group that is open at start ends; 0 if nowhere."""
-    depth = 1
-    for brace in BRACE.finditer(text, start):
-        depth += {"{": 1, "}": -1}.get(brace[0], 0)
-        if depth == 0:
-            return brace.end()
-    return 0
 
 
 def equivalent(answer: str, gold: str) -> bool:
@@ -175,9 +162,10 @@ def main(path: str = "") -> None:
             if label is not None:
                 rows.append((row.get("text", row.get("pred")), row["gold"], label))
         start = time.perf_counter()
-        found = [verify(text, gold) for text, gold, _ in rows]
+        found = [verify(text, gold) == 1 for text, gold, _ in rows]
         rate = len(rows) / (time.perf_counter() - start)
-        pairs = Counter((label == 1, reward == 1) for reward, (*_, label) in zip(found, rows))
+        labels = [label == 1 for *_, label in rows]
+        pairs = Counter(zip(labels, found, strict=True))
         right = (pairs[True, True] + pairs[False, False]) / len(rows)
     except (OSError, ValueError, LookupError, TypeError, ArithmeticError) as error:
         print(f"error: {path}: give a file of rows text, gold, right ({error})", file=sys.stderr)
