@@ -36,9 +36,9 @@ UNICODE |= str.maketrans("×·⋅÷⁄−–’′~⟨⟩、;", "***//--'' (),,"
 FUNCTIONS = "sin cos tan cot sec csc sinh cosh exp ln log lg arcsin arccos arctan arcsinh".split()
 WORDS = {*FUNCTIONS, "pi", "sqrt", "infty"}
 SYNONYMS = {name: symbol for symbol, *names in map(str.split, (
-    r"* cdot times ast; / div; ≤ le leq leqslant; ≥ ge geq geqslant; < lt; > gt; ≠ ne neq; ≈ approx;"
-    r"∈ in; ∪ cup; ± pm; ° degree degrees circ; ' prime; ( langle; ) rangle; ⦃ lbrace; ⦄ rbrace;"
-    r"| vert lvert rvert mid; ... ldots dots cdots; \emptyset varnothing; \binom dbinom tbinom;"
+    r"* cdot times ast; / div; ≤ le leq leqslant; ≥ ge geq geqslant; < lt; > gt; ≠ ne neq;"
+    r"≈ approx; ∈ in; ∪ cup; ± pm; ° degree degrees circ; ' prime; ( langle; ) rangle; ⦃ lbrace; ⦄ rbrace;"
+    r"| vert lvert rvert; ... ldots dots cdots; \emptyset varnothing; \binom dbinom tbinom;"
     r"\frac dfrac tfrac cfrac sfrac; \phi varphi").split(";")) for name in names}
 SYNONYMS |= dict.fromkeys("left right big Big displaystyle textstyle quad qquad".split(), " ")
 FONT = r"\\(?:text(?!color)\w*|mbox|math(?:rm|bf|it|sf|tt)|operatorname|boldsymbol|rm|bf)"
@@ -91,13 +91,11 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in [
     (r'^\s*"([^"]*[\d=,∨∧][^"]*)"\s*$', r"\1"),
     (rf'(?i)^[\s"]*(?:(?:{LEADING})\b[\s":]*)+(?=[\W\dA-Z])', ""),
     (r'(?<=\d) ?"?\s*million\b\s*"?', "*10^6"),
-    (r"(?<=\d)个$", ""),
     (r", ?&", "&"),
-    (r"⦃[^|⦃⦄]*\|([^⦃⦄]*)⦄", r"\1"),  # a set builder is its condition
     (r"(?<=\d) ?[xX] ?(?=10 ?\^)", "*"),
     (r"\s+", " "),
     (r"(?<![\w.^}])(\d+) ?(?:\\frac ?\{(\d+)\} ?\{(\d+)\}|(?<= )(\d+) ?/ ?(\d+))", improper),
-    (r"^[\s=≈,:]+|[\s,:.]+$", ""),
+    (r"^[\s=≈,:]+|[\s,:]*(?<!\.)[\s,:.]$", ""),
 ]]
 
 
@@ -338,9 +336,9 @@ UNIT = re.compile(
 
 def measured(s: str) -> tuple[str, frozenset]:
     """s without a trailing unit, and the units that have a name here."""
-    m = UNIT.search(s)
-    words = re.findall("[a-z]+", m[0].lower()) if m else []
-    if m is None or NO_UNITS & set(words) or re.search(r"(?<![\^{-])\d", m[0]):
+    m = UNIT.search(s) or re.search("$", s)
+    words = re.findall("[a-z]+", m[0].lower())
+    if NO_UNITS & set(words) or re.search(r"(?<![\^{-])\d", m[0]):
         return s, frozenset()
     singular = [word if word in SAME_UNITS else word.removesuffix("s") for word in words]
     names = frozenset(SAME_UNITS[word] for word in singular if word in SAME_UNITS)
@@ -436,7 +434,6 @@ def worked(answer: tuple, gold: tuple) -> bool:
     return not left_to_do(answer) and (has(gold, "+", *FUNCTIONS) or not adds)
 
 
-# ------------------------------------------------------------------------------------ relations
 RELATIONS = "=≈<>≤≥≠∈"
 INEQUALITY = re.compile("[<>≤≥≠]")
 FLIP = str.maketrans("<≤>≥", ">≥<≤")
@@ -454,8 +451,7 @@ def relation(s: str) -> tuple[list[str], str]:
 
 
 def constant_value(s: str) -> Number | None:
-    tree = parse(s)
-    return value(tree, 0) if tree and not has(tree, "name") else None
+    return value(parse(s), 0) if parse(s) and not has(parse(s), "name") else None
 
 
 def stated(s: str) -> str:
@@ -520,7 +516,6 @@ def same_trees(answer: tuple | None, gold: tuple | None) -> bool:
     return len(seen) >= min(2, len(points)) and all(seen)
 
 
-# ---------------------------------------------------------------------------------------- text
 def squeezed(s: str) -> str:
     return re.sub(r"(?<!\d) | (?!\d)", "", s)  # "1 1/2" is not "11/2"
 
