@@ -3,7 +3,7 @@ r"""The grammar behind verify.py: one spelling per symbol, values of expressions
 `normalize` gives LaTeX, Unicode and plain text one spelling. `parse` reads an expression into a
 tree with a small operator-precedence grammar. `value` computes the tree at a point with mpmath to
 110 digits; a variable gets fixed pseudo-random values. Nothing is executed, simplified or solved,
-and every size is bounded (see MAX_). What the grammar does not know (\sum, \int, f(x), floors)
+and every size is bounded (see MAX_). What the grammar does not know (\sum, \int, f(x), |x|, floors)
 and what is over a limit has no value and only matches as a string.
 """
 import hashlib
@@ -37,9 +37,9 @@ FUNCTIONS = "sin cos tan cot sec csc sinh cosh exp ln log lg arcsin arccos arcta
 WORDS = {*FUNCTIONS, "pi", "sqrt", "infty"}
 SYNONYMS = {name: symbol for symbol, *names in map(str.split, (
     r"* cdot times ast; / div; ≤ le leq leqslant; ≥ ge geq geqslant; < lt; > gt; ≠ ne neq;"
-    r"≈ approx; ∈ in; ∪ cup; ± pm; ° degree degrees circ; ' prime; ( langle; ) rangle; ⦃ lbrace; ⦄ rbrace;"
-    r"| vert lvert rvert; ... ldots dots cdots; \emptyset varnothing; \binom dbinom tbinom;"
-    r"\frac dfrac tfrac cfrac sfrac; \phi varphi").split(";")) for name in names}
+    r"≈ approx; ∈ in; ∪ cup; ± pm; ° degree degrees circ; ' prime; ( langle; ) rangle;"
+    r"⦃ lbrace; ⦄ rbrace; | vert lvert rvert; ... ldots dots cdots; \emptyset varnothing;"
+    r"\binom dbinom tbinom; \frac dfrac tfrac cfrac sfrac; \phi varphi").split(";")) for name in names}
 SYNONYMS |= dict.fromkeys("left right big Big displaystyle textstyle quad qquad".split(), " ")
 FONT = r"\\(?:text(?!color)\w*|mbox|math(?:rm|bf|it|sf|tt)|operatorname|boldsymbol|rm|bf)"
 NOTHING = r"(?:there (?:is|are) )?no (?:real )?(?:solutions?|roots?)|(?:the )?empty set"

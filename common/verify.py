@@ -118,7 +118,6 @@ def same(a: str, g: str) -> bool:
 
 def same_members(left: list[str], right: list[str]) -> bool:
     """Whether two lists have the same members in any order."""
-    right = list(right)
     for x in left:
         match = next((y for y in right if same(x, y)), None)
         if match is None:

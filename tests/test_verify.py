@@ -483,7 +483,7 @@ def test_random_latex_never_raises_and_is_quick(a, b):
 
 
 def test_random_values():
-    """Expressions built together with their values: equal to the value, different from a neighbour."""
+    """Expressions built together with their values; none equals a neighbour."""
     rng = random.Random(1)
 
     def build(depth: int) -> tuple[str, complex]:
