@@ -38,8 +38,8 @@ WORDS = {*FUNCTIONS, "pi", "sqrt", "infty"}
 SYNONYMS = {name: symbol for symbol, *names in map(str.split, (
     r"* cdot times ast; / div; ≤ le leq leqslant; ≥ ge geq geqslant; < lt; > gt; ≠ ne neq;"
     r"≈ approx; ∈ in; ∪ cup; ± pm; ° degree degrees circ; ' prime; ( langle; ) rangle;"
-    r"⦃ lbrace; ⦄ rbrace; | vert lvert rvert; ... ldots dots cdots;"
-    r"\emptyset varnothing; \binom dbinom tbinom; \frac dfrac tfrac cfrac sfrac; \phi varphi").split(";")) for name in names}
+    r"⦃ lbrace; ⦄ rbrace; | vert lvert rvert; ... ldots dots cdots; \emptyset varnothing;"
+    r"\binom dbinom tbinom; \frac dfrac tfrac cfrac; \phi varphi").split(";")) for name in names}
 SYNONYMS |= dict.fromkeys("left right big Big displaystyle textstyle quad qquad".split(), " ")
 FONT = r"\\(?:text(?!color)\w*|mbox|math(?:rm|bf|it|sf|tt)|operatorname|boldsymbol|rm|bf)"
 NOTHING = r"(?:there (?:is|are) )?no (?:real )?(?:solutions?|roots?)|(?:the )?empty set"
