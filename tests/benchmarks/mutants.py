@@ -1,191 +1,225 @@
-"""Do the tests see a wrong sign? Every operator, number, branch and argument of the maths is broken on purpose, one at a time.
+"""Do the tests see a wrong sign? The maths is broken on purpose, one change at a time.
 
-    python tests/benchmarks/mutants.py                                  # the maths of all files: minutes to half an hour a file
-    python tests/benchmarks/mutants.py --files grpo.py --every 5        # a fifth of grpo.py's
-    python tests/benchmarks/mutants.py --files ppo.py --only gae        # one function's, or one line's: --only 107
+    python tests/benchmarks/mutants.py --files grpo.py          # minutes to half an hour per file
+    python tests/benchmarks/mutants.py --files ppo.py --only gae --every 2
 
-A mutant is the file with one change: + for -, < for <=, `and` for `or`, a number plus 1 (doubled, if it is a float), an `if` the
-other way round, an argument or `.detach()` left out, a statement dropped. The file's own tests (TESTS) are run on it until
-one fails; a mutant that passes them all is printed. It may be one that no test could tell, such as x >= 0 for x > 0 where x is
-never 0: whoever reads the list decides. Each is a process of its own, in a copy of the tree, forked from one that has imported
-torch; one that takes four times as long as the tests without it counts as seen.
+A mutant is a file with one change: + for -, < for <=, `and` for `or`, a number plus 1 (doubled if
+it is a float), an `if` the other way round, an argument or a `.detach()` left out. The file's own
+tests (TESTS) run on it until one fails; a mutant that passes them all is printed. It may be one
+that no test could tell, such as x >= 0 for x > 0 where x is never 0: whoever reads decides. Each
+is a process in a copy of the tree, forked from one that has imported torch; one that takes four
+times as long as the tests without it counts as seen.
 """
 import argparse
 import ast
-import collections
-import concurrent.futures
 import os
 import pathlib
-import queue
 import shutil
 import signal
 import sys
 import tempfile
 import time
 
-ROOT = pathlib.Path(__file__).parent.parent.parent
-TESTS = {"grpo.py": "losses logprobs kl3 scripts", "bupo.py": "losses internal_policy scripts", "kl3_grpo.py": "kl3",
-         "entropy_min.py": "entropy_min", "long_cot_sft.py": "long_cot", "ppo.py": "ppo losses", "common/sampling.py": "sampling logprobs",
-         "common/logprobs.py": "logprobs kl3", "common/internal_policy.py": "internal_policy internal_view",
-         "common/optim.py": "logprobs scripts ppo", "common/distributed.py": "distributed", "common/verify.py": "verify"}
-SWAPS = {ast.Add: ("+", "-"), ast.Sub: ("-", "+"), ast.Mult: ("*", "/"), ast.Div: ("/", "*"), ast.FloorDiv: ("//", "*"),
-         ast.Mod: ("%", "//"), ast.Pow: ("**", "*"), ast.BitAnd: ("&", "|"), ast.BitOr: ("|", "&"), ast.And: ("and", "or"),
-         ast.Or: ("or", "and"), ast.Lt: ("<", "<="), ast.LtE: ("<=", "<"), ast.Gt: (">", ">="), ast.GtE: (">=", ">"),
-         ast.Eq: ("==", "!="), ast.NotEq: ("!=", "=="), ast.Is: ("is", "is not"), ast.IsNot: ("is not", "is"),
-         ast.In: ("in", "not in"), ast.NotIn: ("not in", "in")}
-NAMES = {"min": "max", "max": "min", "any": "all", "all": "any", "minimum": "maximum", "maximum": "minimum", "sum": "mean"}
-DROPPED = {"detach", "float", "clamp", "clone", "exp", "square", "abs", "sqrt", "bool", "cumsum", "log_softmax"}  # x.f(...) -> x
+ROOT = pathlib.Path(__file__).parents[2]
+TESTS = {
+    "grpo.py": "losses scripts", "bupo.py": "losses scripts", "kl3_grpo.py": "kl3 losses",
+    "entropy_min.py": "entropy_min", "long_cot_sft.py": "long_cot", "ppo.py": "ppo losses",
+    "common/sampling.py": "sampling", "common/logprobs.py": "logprobs",
+    "common/internal_policy.py": "internal_policy", "common/distributed.py": "distributed",
+    "common/evaluate.py": "sampling scripts", "common/verify.py": "verify",
+}
+SWAPS = {
+    ast.Add: ("+", "-"), ast.Sub: ("-", "+"), ast.Mult: ("*", "/"), ast.Div: ("/", "*"),
+    ast.FloorDiv: ("//", "*"), ast.Mod: ("%", "//"), ast.Pow: ("**", "*"), ast.BitAnd: ("&", "|"),
+    ast.BitOr: ("|", "&"), ast.And: ("and", "or"), ast.Or: ("or", "and"), ast.Lt: ("<", "<="),
+    ast.LtE: ("<=", "<"), ast.Gt: (">", ">="), ast.GtE: (">=", ">"), ast.Eq: ("==", "!="),
+    ast.NotEq: ("!=", "=="), ast.Is: ("is", "is not"), ast.IsNot: ("is not", "is"),
+    ast.In: ("in", "not in"), ast.NotIn: ("not in", "in"),
+}
+RENAMED = {"min": "max", "max": "min", "any": "all", "all": "any", "minimum": "maximum",
+           "maximum": "minimum", "sum": "mean"}
+DROPPED = {"detach", "float", "clamp", "clone", "exp", "square", "abs", "sqrt", "bool", "cumsum"}
+UNSEEN = {"device", "flush", "use_reentrant", "use_cache", "desc", "disable"}  # same on a CPU
 
-UNSEEN = {"device", "flush", "use_reentrant", "use_cache", "desc", "unit", "total", "disable", "label"}  # a CPU's results are the same
 
+class Mutants(ast.NodeVisitor):
+    """Collects (start, end, replacement, function), character offsets into the text."""
 
-def changes(tree: ast.Module, text: str, main: bool) -> list[tuple[int, int, str, str]]:
-    """-> [(start, end, replacement, function)], character offsets into text, in the order of the file."""
-    lines = text.splitlines(keepends=True)
-    offset = lambda line, column: sum(map(len, lines[:line - 1])) + len(lines[line - 1].encode()[:column].decode())
-    start, end = (lambda node: offset(node.lineno, node.col_offset)), (lambda node: offset(node.end_lineno, node.end_col_offset))
-    code = lambda node: text[start(node):end(node)]
-    found = []
+    def __init__(self, text: str):
+        self.text, self.where, self.found = text, "", []
+        self.starts = [0]
+        for line in text.splitlines(keepends=True):
+            self.starts.append(self.starts[-1] + len(line))
+        self.lines = text.splitlines()
+        self.visit(ast.parse(text))
 
-    def visit(node, where):
-        def put(first, last, new):
-            found.append((first, last, new, where))
+    def offset(self, line: int, column: int) -> int:
+        before = self.lines[line - 1].encode()[:column].decode()  # ast counts bytes
+        return self.starts[line - 1] + len(before)
 
-        def swap(op, left, right):
-            old, new = SWAPS.get(type(op), (None, None))
-            at = text.find(old, end(left), start(right)) if old else -1
-            if at >= 0:
-                put(at, at + len(old), new)
-        if isinstance(node, (ast.JoinedStr, ast.Raise, ast.Import, ast.ImportFrom)):
+    def start(self, node) -> int:
+        return self.offset(node.lineno, node.col_offset)
+
+    def end(self, node) -> int:
+        return self.offset(node.end_lineno, node.end_col_offset)
+
+    def code(self, node) -> str:
+        return self.text[self.start(node):self.end(node)]
+
+    def put(self, first: int, last: int, new: str) -> None:
+        if self.where:
+            self.found.append((first, last, new, self.where))
+
+    def replace(self, node, new: str) -> None:
+        self.put(self.start(node), self.end(node), new)
+
+    def swap(self, op, left, right) -> None:
+        old, new = SWAPS.get(type(op), (None, None))
+        at = self.text.find(old, self.end(left), self.start(right)) if old else -1
+        if at >= 0:
+            self.put(at, at + len(old), new)
+
+    def visit_FunctionDef(self, node):
+        if node.name == "main":
             return
-        if isinstance(node, ast.FunctionDef):
-            if node.name in ("main", "analyze") and not main:
-                return
-            where = where or node.name
-            for default in [*node.args.defaults, *filter(None, node.args.kw_defaults)]:
-                visit(default, where)
-            for child in node.body:
-                visit(child, where)
-            return
-        if isinstance(node, (ast.Assign, ast.AugAssign, ast.Expr)) and where:
-            target = node.targets[0] if isinstance(node, ast.Assign) else node
-            if isinstance(target, (ast.Subscript, ast.AugAssign)) or isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
-                put(start(node), end(node), "pass")
-        if isinstance(node, ast.AnnAssign):  # not a flag's default and help
-            return node.value and not ast.unparse(node.value).startswith("flag(") and visit(node.value, where)
-        if isinstance(node, ast.BinOp):
-            swap(node.op, node.left, node.right)
-        if isinstance(node, ast.Compare):
-            for op, left, right in zip(node.ops, [node.left, *node.comparators], node.comparators):
-                swap(op, left, right)
-        if isinstance(node, ast.BoolOp):
-            for left, right in zip(node.values, node.values[1:]):
-                swap(node.op, left, right)
-        if isinstance(node, ast.UnaryOp) and not isinstance(node.operand, ast.Constant):
-            put(start(node), end(node), f"({code(node.operand)})")
-        if isinstance(node, ast.Constant) and type(node.value) in (int, float, bool):
-            value = node.value
-            put(start(node), end(node), repr(not value if value in (True, False) and type(value) is bool else
-                                             value + 1 if type(value) is int else 2 * value or 1.0))
-        if isinstance(node, (ast.If, ast.IfExp, ast.While)):
-            put(start(node.test), end(node.test), f"not ({code(node.test)})")
-        if isinstance(node, ast.Call):
-            name = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id if isinstance(node.func, ast.Name) else ""
-            if name in NAMES:
-                put(end(node.func) - len(name), end(node.func), NAMES[name])
-            if isinstance(node.func, ast.Attribute) and name in DROPPED and ast.unparse(node.func.value) != "torch":
-                put(start(node), end(node), code(node.func.value))
-            for keyword in node.keywords:
-                if keyword.arg and keyword.arg not in UNSEEN:
-                    comma, after = text.rfind(",", end(node.func), start(keyword)), text.find(",", end(keyword), end(node))
-                    first = not node.args and keyword is node.keywords[0]
-                    put(start(keyword) if first else comma, after + 1 if first and after > 0 else end(keyword), "")
-        for child in ast.iter_child_nodes(node):
-            if not (isinstance(child, ast.keyword) and child.arg in UNSEEN):
-                visit(child, where)
-    for node in tree.body:
-        visit(node, node.name if isinstance(node, ast.ClassDef) else "")
-    return sorted(set(found))
+        outer = self.where
+        self.where = outer or node.name
+        for part in [*node.args.defaults, *node.body]:
+            self.visit(part)
+        self.where = outer
+
+    def visit_JoinedStr(self, node):
+        pass
+
+    visit_Raise = visit_JoinedStr
+
+    def visit_BinOp(self, node):
+        self.swap(node.op, node.left, node.right)
+        self.generic_visit(node)
+
+    def visit_BoolOp(self, node):
+        for left, right in zip(node.values, node.values[1:], strict=False):
+            self.swap(node.op, left, right)
+        self.generic_visit(node)
+
+    def visit_Compare(self, node):
+        operands = [node.left, *node.comparators]
+        for op, left, right in zip(node.ops, operands, node.comparators, strict=False):
+            self.swap(op, left, right)
+        self.generic_visit(node)
+
+    def visit_UnaryOp(self, node):
+        if not isinstance(node.operand, ast.Constant):
+            self.replace(node, f"({self.code(node.operand)})")
+        self.generic_visit(node)
+
+    def visit_Constant(self, node):
+        if isinstance(node.value, bool):
+            self.replace(node, repr(not node.value))
+        elif isinstance(node.value, int):
+            self.replace(node, repr(node.value + 1))
+        elif isinstance(node.value, float):
+            self.replace(node, repr(2 * node.value or 1.0))
+
+    def visit_If(self, node):
+        self.replace(node.test, f"not ({self.code(node.test)})")
+        self.generic_visit(node)
+
+    visit_IfExp = visit_While = visit_If
+
+    def visit_Call(self, node):
+        name = ast.unparse(node.func).split(".")[-1]
+        if name in RENAMED:
+            self.put(self.end(node.func) - len(name), self.end(node.func), RENAMED[name])
+        if name in DROPPED and isinstance(node.func, ast.Attribute):
+            self.replace(node, self.code(node.func.value))
+        node.keywords = [k for k in node.keywords if k.arg and k.arg not in UNSEEN]
+        for keyword in node.keywords:
+            comma = self.text.rfind(",", self.end(node.func), self.start(keyword))
+            if comma >= 0:
+                self.put(comma, self.end(keyword), "")
+        self.generic_visit(node)
 
 
 def passes(tree: pathlib.Path, tests: list[str], limit: float) -> bool:
-    """Whether all tests pass on this tree, in a fork of this process; no, if they take more than `limit` seconds."""
+    """Whether all tests pass on this tree, in a fork of this process, within `limit` seconds."""
     child = os.fork()
     if child == 0:
+        run_tests(tree, tests)
+    began = time.time()
+    while time.time() - began < limit:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return status == 0
+        time.sleep(0.02)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return False
+
+
+def run_tests(tree: pathlib.Path, tests: list[str]) -> None:
+    """Becomes a process that says by its exit code whether the tests pass."""
+    code = 1
+    try:
         os.setsid()
         os.chdir(tree)
         nothing = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nothing, 1), os.dup2(nothing, 2)
+        os.dup2(nothing, 1)
+        os.dup2(nothing, 2)
         sys.path[:0] = [str(tree), str(tree / "tests")]
-        code = 1
-        try:
-            import pytest
-            code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests])
-        finally:
-            os._exit(int(code))
-    began, status = time.time(), None
-    while status is None and time.time() - began < limit:
-        done, code = os.waitpid(child, os.WNOHANG)
-        status = code if done else time.sleep(0.02)
-    try:
-        os.killpg(child, signal.SIGKILL)  # and what it started
-    except ProcessLookupError:
-        pass
-    if status is None:
-        os.waitpid(child, 0)
-    return status == 0
-
-
-def judge(name: str, text: str, change: tuple, tests: list[str], limit: float, trees: queue.Queue) -> bool:
-    """Whether the tests pass with this change (none: ()) made to the file, in the next tree that is free."""
-    tree = trees.get()
-    first, last, new, _ = change or (0, 0, "", "")
-    (tree / name).write_text(text[:first] + new + text[last:])
-    try:
-        return passes(tree, tests, limit)
+        import pytest
+        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests])
     finally:
-        (tree / name).write_text(text)
-        trees.put(tree)
+        os._exit(int(code))
+
+
+def judge(name: str, tree: pathlib.Path, only: str | None, every: int) -> tuple[int, int]:
+    """Prints the mutants of a file that pass its tests -> how many were seen, how many made."""
+    text = (ROOT / name).read_text()
+    tests = [f"tests/test_{part}.py" for part in TESTS[name].split()]
+    started = time.time()
+    if not passes(tree, tests, 3600):
+        raise SystemExit(f"{name}: its tests fail as it is")
+    limit = 4 * (time.time() - started) + 30
+    found = sorted(set(Mutants(text).found))
+    chosen = [change for change in found if only in (None, change[3])][::every]
+    seen = 0
+    for first, last, new, _ in chosen:
+        mutant = text[:first] + new + text[last:]
+        ast.parse(mutant)  # what does not even parse would count as seen
+        (tree / name).write_text(mutant)
+        if passes(tree, tests, limit):
+            line = text.count("\n", 0, first) + 1
+            whole = text.splitlines()[line - 1].strip()
+            print(f"{name}:{line}: {text[first:last]!r} -> {new!r}   in   {whole}", flush=True)
+        else:
+            seen += 1
+    (tree / name).write_text(text)
+    print(f"{name}: {seen} of {len(chosen)} seen, {time.time() - started:.0f} s", flush=True)
+    return seen, len(chosen)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--files", nargs="+", default=list(TESTS), choices=list(TESTS))
-    parser.add_argument("--every", type=int, default=1, choices=range(1, 1000), metavar="N", help="take every n-th change")
-    parser.add_argument("--only", help="a function's name or a line's number")
-    parser.add_argument("--main", action="store_true", help="main(), the loop, and analyze() as well")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--every", type=int, default=1, help="take every n-th change")
+    parser.add_argument("--only", help="one function's")
     args = parser.parse_args()
-    import matplotlib.pyplot  # noqa: F401  imported here, it is there in every fork
     import torch
-    from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM  # noqa: F401
+    import transformers
+    transformers.Qwen3ForCausalLM  # noqa: B018  imported here, it is there in every fork
     torch.set_num_threads(1)
-    began, seen, made, trees = time.time(), collections.Counter(), collections.Counter(), queue.Queue()
-    with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(args.workers) as pool:
-        for number in range(args.workers):
-            shutil.copytree(ROOT, tree := pathlib.Path(folder) / str(number),
-                            ignore=shutil.ignore_patterns(".git", ".*venv", "runs", "docs", "__pycache__", ".ruff_cache"))
-            trees.put(tree)
+    seen, made = 0, 0
+    ignored = shutil.ignore_patterns(".git", "*venv", "runs", "analysis", "__pycache__")
+    with tempfile.TemporaryDirectory() as folder:
+        tree = pathlib.Path(folder) / "tree"
+        shutil.copytree(ROOT, tree, ignore=ignored)
         for name in args.files:
-            text, tests, started = (ROOT / name).read_text(), [f"tests/test_{part}.py" for part in f"{TESTS[name]} names".split()], time.time()
-            if not judge(name, text, (), tests, 1e9, trees):
-                raise SystemExit(f"{name}: its tests fail as it is")
-            limit, line = 4 * (time.time() - started) + 30, lambda change, text=text: text.count("\n", 0, change[0]) + 1
-            todo = [c for c in changes(ast.parse(text), text, args.main) if args.only in (None, c[3], str(line(c)))][::args.every]
-            if not todo:
-                raise SystemExit(f"{name}: --only {args.only} names no function or line with something to change")
-            for first, last, new, _ in todo:
-                ast.parse(text[:first] + new + text[last:])  # what does not even parse would count as seen
-            many = len(todo)
-            for change, survived in zip(todo, pool.map(judge, [name] * many, [text] * many, todo, [tests] * many, [limit] * many,
-                                                       [trees] * many)):
-                made[name] += 1
-                seen[name] += not survived
-                if survived:
-                    whole = text.splitlines()[line(change) - 1].strip()
-                    print(f"{name}:{line(change)}: {text[change[0]:change[1]]!r} -> {change[2]!r}   in   {whole}", flush=True)
-            print(f"{name}: {seen[name]} of {made[name]} seen, {time.time() - started:.0f} s", flush=True)
-    print(f"{time.strftime('%Y-%m-%d')} {seen.total()} of {made.total()} seen, {time.time() - began:.0f} s")
+            more_seen, more_made = judge(name, tree, args.only, args.every)
+            seen += more_seen
+            made += more_made
+    print(f"{time.strftime('%Y-%m-%d')} {seen} of {made} seen")
 
 
 if __name__ == "__main__":
