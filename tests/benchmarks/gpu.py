@@ -106,9 +106,11 @@ def correct(tokenizer) -> None:
                                 lengths=rollout.lengths.to(DEVICE), mask=rollout.mask.to(DEVICE))
         logp = response_logprobs(model, moved).detach().cpu()
         own = sample(model, tokenizer, [PROMPT, PROMPT[:9]], 4, 64, seed=1)
+        entropy = own.entropy[:, 0].cpu() - rollout.entropy[:, 0]  # before answers part
         again = response_logprobs(model, own).detach()
         say(f"| correct, {compute} | card minus CPU {(logp - expected).abs().max():.2g} nats, "
-            f"sampler minus trainer {(own.logp - again).abs().max():.2g} nats |")
+            f"first entropies {entropy.abs().max():.2g}, sampler minus trainer "
+            f"{(own.logp - again).abs().max():.2g} nats |")
 
 
 def embedded(steps: str) -> None:
