@@ -258,7 +258,8 @@ def memory_estimate(model, rows: int, tokens: int, micro_batch_tokens: int) -> s
     if config.hidden_size <= SMALL:  # nothing is computed again
         kept = block * config.num_hidden_layers
         block = 0
-    logits = 6 * 4 * min(1 << 26, config.vocab_size * micro_batch_tokens)
+    copies = 6 if causal_lm(model).lm_head.weight.requires_grad else 4.7  # of a chunk's logits
+    logits = 4 * copies * min(1 << 26, config.vocab_size * micro_batch_tokens)
     batch = min(micro_batch_tokens, rows * tokens)
     training = 4 * trained + in_compute + (kept + block) * batch + logits
     at_once = min(rows, rows_at_once(model, tokens))
