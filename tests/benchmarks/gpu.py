@@ -172,7 +172,8 @@ def profile(model, tokenizer, rows: int) -> None:
     activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as found:
         elapsed = seconds(lambda: sample(model, tokenizer, [PROMPT], rows, 64))
-    events = found.key_averages()
+    on_card = torch.autograd.DeviceType.CUDA  # an operation's row repeats its kernel's time
+    events = [event for event in found.key_averages() if event.device_type == on_card]
     card = sum(event.self_device_time_total for event in events) / 1e6
     kernels = sum(event.count for event in events if event.self_device_time_total > 0)
     say(f"| of 64 tokens under the profiler | wall {elapsed:.2f} s, kernels {card:.2f} s, "
