@@ -1,23 +1,31 @@
 """One-shot entropy minimization's claims on the embedded model -> results/entropy_min.{json,md}.
 
-    python -m analysis.em_results       # 15 arms, eight seeds, two runs at a time: 20 minutes
+    python -m analysis.em_results                   # 16 arms, eight seeds, two at a time: an hour
+    python -m analysis.em_results --parts styles    # the first table alone, 15 minutes
 
 Accuracy: 8 answers to each of 1,024 held-out problems.
 """
-from collections import Counter
+import math
+from collections import Counter, defaultdict
 
+import torch
+
+import entropy_min
 from analysis import experiment as ex
 from analysis import internal
 from analysis.experiment import BLUE, GREEN, GREY, ORANGE, Arm, mean
 from analysis.logits import logit_statistics
+from common.data import encode_prompt, load_problems
 from common.evaluate import evaluate
 from common.models import load_model, load_tokenizer
 from common.sampling import sample
-from common.verify import extract_answer
+from common.verify import extract_answer, verify
 
 TEMPERATURES = (0.0, 0.3, 0.6, 1.0, 1.5)
 STOPS = (0.7, 0.5, 0.3, 0.2)
 LOOKS = (0, 2, 4, 6, 8, 10, 15, 16, 20, 25, 30, 35, 40)
+STYLES = ("direct", "short", "long")
+STYLED = ("EM", "first token only", "all but the first", "16 problems")
 FOUR = ("base", "EM", "GRPO", "EM, then GRPO")
 EVAL = "--eval-problems 1024"
 
@@ -76,8 +84,41 @@ def ascend(_run, optimizer) -> None:
     optimizer.param_groups[0]["maximize"] = True
 
 
+def first_token_only(_run, _optimizer) -> None:
+    """Answers are cut after their first token before the loss is taken."""
+    def sample_first(*args, **kwargs):
+        rollout = sample(*args, **kwargs)
+        rollout.lengths = torch.ones_like(rollout.lengths)
+        for name in ("tokens", "mask", "logp", "entropy"):
+            setattr(rollout, name, getattr(rollout, name)[:, :1])               # (B, 1)
+        return rollout
+    entropy_min.sample = sample_first
+
+
+def style_of(text: str) -> str:
+    """The embedded model's three styles: a bare result, steps, steps with checks."""
+    if text.startswith("\\boxed"):
+        return "direct"
+    return "long" if " check " in text or " wait" in text else "short"
+
+
+def by_style(answers: list[dict]) -> dict:
+    """An evaluation -> style -> share of the answers and accuracy among them."""
+    rewards = defaultdict(list)
+    for row in answers:
+        for text, reward in zip(row["responses"], row["rewards"], strict=True):
+            rewards[style_of(text)].append(reward)
+    total = sum(len(found) for found in rewards.values())
+    styles = {}
+    for style in STYLES:
+        found = rewards[style]
+        accuracy = mean(found) if found else 0.0
+        styles[style] = {"share": len(found) / total, "accuracy": accuracy}
+    return styles
+
+
 def em(flags: str = "", **watch) -> Arm:
-    return Arm("entropy_min.py", f"{EVAL} {flags}", **watch)
+    return Arm("entropy_min.py", f"{EVAL} {flags}", count=by_style, **watch)
 
 
 FIRST = {
@@ -88,7 +129,8 @@ FIRST = {
     "loss T 1": em("--loss-temperature 1"),
     "loss T 1.5": em("--loss-temperature 1.5"),
     "sampled as the script": em("--top-p 0.95 --repetition-penalty 1.15"),
-    "authors' mask": em("--authors-mask"),
+    "first token only": em(prepare=first_token_only),
+    "all but the first": em("--authors-mask"),
     "4 problems": em("--shots 4"),
     "16 problems": em("--shots 16"),
     "chosen by variance": em("--select 32"),
@@ -103,6 +145,89 @@ THEN = {
 UNTRAINED = "--eval-problems 64 --steps 1 --lr 1e-12"  # leaves the model as it is
 BASE = {"base": Arm("entropy_min.py", UNTRAINED, after=after)}
 NAMES = [*FIRST, *THEN]
+
+
+def mixed(shares: dict, accuracies: dict) -> float:
+    """Accuracy of the answers of one model in the mix of styles of another."""
+    return sum(shares[style]["share"] * accuracies[style]["accuracy"] for style in STYLES)
+
+
+def styles_table(results) -> str:
+    """How much of each arm's gain is the change of mix, at the base model's accuracy by style."""
+    base = results["EM"][0]["summary"]["count_before"]
+    heads = ["arm", *(f"{style}: share, accuracy" for style in STYLES), "accuracy", "gain",
+             "of the mix alone", "the rest"]
+    row = ["base"]
+    for style in STYLES:
+        row.append(f"{base[style]['share']:.3f}, {base[style]['accuracy']:.3f}")
+    start = mixed(base, base)
+    rows = [[*row, f"{start:.3f}", "", "", ""]]
+    for name in STYLED:
+        found = results.summary(name, "count_after")
+        row = [name]
+        for style in STYLES:
+            right = [seed[style]["share"] * seed[style]["accuracy"] for seed in found]
+            share = mean([seed[style]["share"] for seed in found])
+            row.append(f"{share:.3f}, {mean(right) / share if share else 0:.3f}")
+        accuracy = results.accuracy(name)
+        mix = [mixed(seed, base) for seed in found]
+        starts = [start] * len(found)
+        rows.append([*row, ex.spread(accuracy), ex.paired(accuracy, starts),
+                     ex.paired(mix, starts), ex.paired(accuracy, mix)])
+    pairs = []
+    for name in STYLED[1:]:
+        difference = ex.paired(results.accuracy(name), results.accuracy("EM"))
+        pairs.append(f"{name} {difference}")
+    values = {}
+    for name in STYLED:
+        values[name] = ", ".join(f"{value:.3f}" for value in results.accuracy(name))
+    return ex.table(heads, rows) + (
+        f"\nMinus EM, paired by seed: {'; '.join(pairs)}. By seed: "
+        + "; ".join(f"{name} {found}" for name, found in values.items()) + ".\n")
+
+
+def gap(groups: dict, problems: int) -> str:
+    """Mean of the wrong minus mean of the right answers, ± its error with problems as clusters.
+
+    groups: right or not -> list of (problem, value).
+    """
+    means = {}
+    parts = [0.0] * problems
+    for right, found in groups.items():
+        means[right] = mean([value for _, value in found])
+        for problem, value in found:
+            part = (value - means[right]) / len(found)
+            parts[problem] += -part if right else part
+    error = math.sqrt(sum(part * part for part in parts))
+    return f"{means[False] - means[True]:+.3f} ± {error:.3f}"
+
+
+def premise_table() -> str:
+    """Are right answers of the base model of lower entropy? Across and within styles."""
+    model = load_model(internal.Args(device="cpu"), trained=False)
+    tokenizer = load_tokenizer("tiny")
+    problems = load_problems("arithmetic", held_out=True, count=1024)
+    prompts = [encode_prompt(tokenizer, row["problem"]) for row in problems]
+    rows = []
+    for T in (1.0, 0.5):
+        answers = sample(model, tokenizer, prompts, 8, 80, T, seed=11)
+        entropy = answers.entropy.sum(1) / answers.lengths                      # (B,)
+        rest = answers.entropy[:, 1:].sum(1) / (answers.lengths - 1).clamp(min=1)
+        groups = defaultdict(lambda: {True: [], False: []})
+        for i, text in enumerate(answers.texts):
+            problem = i // 8
+            right = verify(text, problems[problem]["answer"]) == 1 and bool(answers.finished[i])
+            groups["all"][right].append((problem, entropy[i].item()))
+            groups["all, without the first token"][right].append((problem, rest[i].item()))
+            groups[style_of(text)][right].append((problem, entropy[i].item()))
+        for name in ("all", "all, without the first token", *STYLES):
+            found = groups[name]
+            values = {right: mean([value for _, value in found[right]]) for right in found}
+            rows.append([T, name, len(found[True]), len(found[False]), f"{values[True]:.3f}",
+                         f"{values[False]:.3f}", gap(found, len(problems))])
+    heads = ["temperature", "answers", "right", "wrong", "entropy of the right, nats per token",
+             "of the wrong", "wrong minus right"]
+    return ex.table(heads, rows)
 
 
 def near(result, key: str, update: int) -> float:
@@ -289,7 +414,16 @@ def draw_seeds(axis, results) -> None:
 
 
 def main():
-    args = ex.arguments(__doc__, seeds=8)
+    args = ex.arguments(__doc__, seeds=8, parts=("styles", "arms"))
+    if "styles" in args.parts:
+        styled = ex.Results(ex.runs("em", {name: FIRST[name] for name in STYLED}, args))
+        tables = {"styles": styles_table(styled), "premise": premise_table()}
+        ex.write("entropy_styles", styled, tables, page="entropy_min")
+    if "arms" in args.parts:
+        every_arm(args)
+
+
+def every_arm(args) -> None:
     seeds = args.seeds
     results = ex.Results(ex.runs("em", FIRST, args))
     results.update(ex.runs("em", THEN, args))

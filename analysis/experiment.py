@@ -47,11 +47,13 @@ class Arm:
     every: int = 4
     prepare: Callable | None = None  # prepare(run, optimizer), before the first step
     after: Callable | None = None    # after(run) -> dict, at the end
+    count: Callable | None = None    # count(answers) -> dict, of an evaluation's answers
 
 
 class Watched(Run):
     """A Run that is looked at. The evaluation before training is made once for all runs that
-    start from the same model."""
+    start from the same model. What an arm replaces in a script lasts for one run: each has a
+    process of its own."""
     arm: Arm
 
     def begin(self, **parts) -> int:
@@ -62,6 +64,12 @@ class Watched(Run):
         return first
 
     def measure(self, when: str) -> dict:
+        result = self.measured(when)
+        if self.arm.count:
+            self.summary[f"count_{when}"] = self.arm.count(result["answers"])
+        return result
+
+    def measured(self, when: str) -> dict:
         args = self.args
         model = args.model.strip("/").replace("/", "_")[-80:]
         name = f"before-{model}-{args.eval_problems}-{args.max_new_tokens}.json"
@@ -167,16 +175,17 @@ def runs(experiment: str, arms: dict[str, Arm], args, first: int = 0) -> dict[st
             flags += ["--seed", str(seed), *args.more.split()]
             folder = base / f"{name.replace(' ', '_').replace('/', '_')}-{seed}"
             jobs.append((folder, arm, flags, commit))
-    with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
+    with multiprocessing.get_context("spawn").Pool(args.workers, maxtasksperchild=1) as pool:
         done = list(tqdm(pool.imap(one, jobs), experiment, total=len(jobs), unit="run"))
     return {name: done[number::len(arms)] for number, name in enumerate(arms)}
 
 
-def arguments(description: str, seeds: int) -> argparse.Namespace:
+def arguments(description: str, seeds: int, parts=("all",)) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=seeds)
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, a core each")
+    parser.add_argument("--parts", nargs="+", default=parts, choices=parts, help="of the page")
     parser.add_argument("--more", default="", help="flags for every run, to try a script out: "
                         "--more '--steps 2 --eval-problems 8'")
     return parser.parse_args()
@@ -302,19 +311,19 @@ def kept(result: dict) -> dict:
             "at_the_end": result["after"]}
 
 
-def write(name: str, results: dict, tables: dict[str, str]) -> None:
-    """analysis/results/<name>.json; the tables go into <name>.md and are printed.
+def write(name: str, results: dict, tables: dict[str, str], page: str | None = None) -> None:
+    """analysis/results/<name>.json; the tables go into <page or name>.md and are printed.
 
     In the page a table stands between <!-- table: key --> and <!-- end -->; the words around it
     are ours.
     """
     found = {arm: [kept(result) for result in seeds] for arm, seeds in results.items()}
     (PAGES / f"{name}.json").write_text(json.dumps(found, separators=(",", ":")) + "\n")
-    page = PAGES / f"{name}.md"
-    text = page.read_text()
+    place = PAGES / f"{page or name}.md"
+    text = place.read_text()
     for key, body in tables.items():
         print(f"\n{key}\n{body}")
         before, mark, rest = text.partition(f"<!-- table: {key} -->\n")
         if mark:
             text = before + mark + body + rest[rest.index("<!-- end -->"):]
-    page.write_text(text)
+    place.write_text(text)
