@@ -65,6 +65,8 @@ class Watched(Run):
 
     def measure(self, when: str) -> dict:
         result = self.measured(when)
+        right = [round(sum(row["rewards"])) for row in result["answers"]]
+        self.summary[f"right_{when}"] = "".join(map(str, right))  # of 8 answers to each problem
         if self.arm.count:
             self.summary[f"count_{when}"] = self.arm.count(result["answers"])
         return result
