@@ -1,14 +1,20 @@
 """BuPO's claims on the embedded model -> results/bupo.{json,md} and its figures.
 
-    python -m analysis.bupo_results     # twelve arms, five seeds, two runs at a time: 40 minutes
+    python -m analysis.bupo_results                         # all of it, two hours on two cores
+    python -m analysis.bupo_results --parts again layers    # seeds 10 to 14, and every block
 
-Accuracy: 8 answers to each of 1,024 held-out problems. The seeds, 5 to 9, are not those of
-analysis.main_results, so that the two can be added up.
+Accuracy: 8 answers to each of 1,024 held-out problems. Seeds 0 to 4 are those of
+analysis.main_results, 5 to 9 of the part "arms" and 10 to 14 of "again", so that they add up.
 """
+import json
 import math
+from dataclasses import replace
+from functools import partial
 
 import torch
 
+import bupo as bupo_script
+import grpo
 from analysis import experiment as ex
 from analysis import internal
 from analysis.experiment import BLUE, GREEN, ORANGE, PURPLE, VERMILION, Arm, mean
@@ -17,6 +23,7 @@ from common.internal_policy import block_streams, entropy_changes, internal_entr
 from common.logprobs import response_logprobs
 from common.models import causal_lm, load_model, load_tokenizer
 from common.sampling import join, sample
+from common.tiny.train import scale_residual
 from common.verify import verify
 
 BOUNDARY = 5  # what --layer auto chooses for the embedded model
@@ -116,6 +123,44 @@ for block, line_style in ((2, ":"), (5, "--"), (7, "-")):
     ARMS[f"block {block} only"] = bupo(f"--layer {block} --internal-steps 32", color=GREEN,
                                        style=line_style, probe=probe)
 NAMES = list(ARMS)
+AGAIN = {}
+for name in ("GRPO", "BuPO", "GRPO frozen below"):
+    AGAIN[name] = replace(ARMS[name], probe=None)
+SCALES = {1: 7, 4: 2}  # of the stream as it was trained (the embedded model: 2) -> its boundary
+
+
+def one_block(number: int, run, _optimizer) -> None:
+    """Plain GRPO with everything but one block frozen."""
+    run.model.requires_grad_(False)
+    causal_lm(run.model).model.layers[number - 1].requires_grad_(True)
+
+
+def dual_clip(_run, _optimizer) -> None:
+    """BuPO with the dual clip of its authors' code, a tenfold ratio; GRPO's file has the loss."""
+    def clipped(logp, old_logp, advantages, mask, clip_low, clip_high, denominator):
+        return grpo.grpo_loss(logp, old_logp, advantages, mask, clip_low, clip_high, 10,
+                              denominator)
+    bupo_script.grpo_loss = clipped
+
+
+def scaled(scale: int) -> str:
+    return f"--model {{runs}}/scale-{scale}"
+
+
+FOUR = "--updates-per-rollout 4 --lr 1e-4"
+LAYERS = {"GRPO": AGAIN["GRPO"]}
+for block in range(1, 8):
+    if block == BOUNDARY:
+        LAYERS["BuPO"] = AGAIN["BuPO"]
+    else:
+        LAYERS[f"BuPO, block {block}"] = bupo(f"--layer {block}")
+for scale in SCALES:
+    LAYERS[f"GRPO, scale {scale}"] = Arm("grpo.py", f"{EVAL} {scaled(scale)}")
+    LAYERS[f"BuPO, scale {scale}"] = bupo(scaled(scale))
+LAYERS["GRPO, four updates"] = Arm("grpo.py", f"{EVAL} {FOUR} --dual-clip 10")
+LAYERS["BuPO, four updates"] = bupo(FOUR, prepare=dual_clip)
+for block in (2, 4, 6, 8):
+    LAYERS[f"GRPO, block {block} alone"] = Arm("grpo.py", EVAL, prepare=partial(one_block, block))
 
 
 def depth_table() -> str:
@@ -173,6 +218,99 @@ def arms_table(results) -> str:
             f"{max(cut):.0%}",
         ])
     return ex.table(heads, rows)
+
+
+def minus(results, name: str, other: str) -> str:
+    """Paired difference, its error over seeds, and (with other problems, too)."""
+    values = ex.paired(results.accuracy(name), results.accuracy(other))
+    return f"{values} ({ex.crossed(results[name], results[other]):.3f})"
+
+
+def again_table(results) -> str:
+    rows = []
+    for name in AGAIN:
+        values = results.accuracy(name)
+        rows.append([
+            name,
+            ex.spread(values),
+            "" if name == "GRPO" else minus(results, name, "GRPO"),
+            "" if name == "BuPO" else minus(results, "BuPO", name),
+            ex.spread(results.pass_at(name, 8)),
+            f"{mean(results.summary(name, 'length_after')):.0f}",
+            ex.spread(results.metric(name, "entropy", last=4)),
+        ])
+    before = results["GRPO"][0]["summary"]
+    heads = ["arm", "Avg@8", "minus GRPO", "BuPO minus it", "Pass@8", "tokens",
+             "entropy, last 4 steps"]
+    return ex.table(heads, rows) + (
+        f"\nBefore: {before['avg_at_k_before']:.3f} ± {before['standard_error_before']:.3f} over "
+        "problems. Differences are paired by seed, ± their standard error over seeds (in "
+        "brackets: with the problems drawn anew as well).\n")
+
+
+def stored(page: str, name: str) -> list[float]:
+    """The accuracies of an arm of another JSON file."""
+    found = json.loads((ex.PAGES / f"{page}.json").read_text())
+    return [result["avg_at_k_after"] for result in found[name]]
+
+
+def together_table(results) -> str:
+    """Seeds 0 to 4, 5 to 9 and these; each seed once."""
+    rows = []
+    for name, other in (("BuPO", "GRPO"), ("GRPO frozen below", "GRPO"),
+                        ("BuPO", "GRPO frozen below")):
+        sets = [[], ex.differences(stored("bupo", name), stored("bupo", other)),
+                ex.differences(results.accuracy(name), results.accuracy(other))]
+        if "GRPO frozen below" not in (name, other):
+            sets[0] = ex.differences(stored("main", name), stored("main", other))
+        together = sum(sets, [])
+        cells = []
+        for found in (*sets, together):
+            error = ex.standard_error(found)
+            cells.append(f"{mean(found):+.3f} ± {error:.3f}" if found else "not run")
+        positive = sum(difference > 0 for difference in together)
+        rows.append([f"{name} minus {other}", *cells, f"{positive} of {len(together)}"])
+    heads = ["difference, paired by seed", "seeds 0 to 4", "5 to 9", "10 to 14", "all", "positive"]
+    return ex.table(heads, rows)
+
+
+def control(name: str) -> str:
+    """The run without a first phase that an arm is to be compared with."""
+    scale_or_updates = name.partition(", ")[2]
+    if name.startswith("BuPO, ") and f"GRPO, {scale_or_updates}" in LAYERS:
+        return f"GRPO, {scale_or_updates}"
+    return "GRPO"
+
+
+def layers_table(results) -> str:
+    rows = []
+    for name in results:
+        other = control(name)
+        layer = results[name][0]["summary"].get("layer", "")
+        rows.append([
+            name,
+            layer,
+            ex.spread(results.accuracy(name)),
+            "" if name == "GRPO" else other,
+            "" if name == "GRPO" else minus(results, name, other),
+            f"{mean(results.pass_at(name, 8)):.3f}",
+            f"{mean(results.summary(name, 'length_after')):.0f}",
+            ex.spread(results.metric(name, "entropy", last=4)),
+        ])
+    heads = ["arm", "block of the first phase", "Avg@8", "compared with", "minus that", "Pass@8",
+             "tokens", "entropy, last 4 steps"]
+    return ex.table(heads, rows)
+
+
+def write_scaled() -> None:
+    """The embedded model with its stream at other scales, which changes none of its answers."""
+    args = internal.Args(device="cpu")
+    for scale in SCALES:
+        place = ex.ROOT / "runs" / "analysis" / "bupo" / f"scale-{scale}"
+        model = load_model(args, trained=False)
+        scale_residual(model, scale / 2)
+        model.save_pretrained(place)
+        load_tokenizer("tiny").save_pretrained(place)
 
 
 def inside_readings() -> dict:
@@ -267,17 +405,27 @@ def draw_passes(results) -> None:
 
 
 def main():
-    args = ex.arguments(__doc__, seeds=5)
-    results = ex.Results(ex.runs("bupo", ARMS, args, first=5))
-    ex.write("bupo", results, {
-        "arms": arms_table(results),
-        "inside": inside_table(results),
-        "passes": passes_table(results),
-        "depth": depth_table(),
-    })
-    draw_curves(results)
-    draw_blocks(results)
-    draw_passes(results)
+    args = ex.arguments(__doc__, seeds=5, parts=("arms", "again", "layers"))
+    if "arms" in args.parts:
+        results = ex.Results(ex.runs("bupo", ARMS, args, first=5))
+        ex.write("bupo", results, {
+            "arms": arms_table(results),
+            "inside": inside_table(results),
+            "passes": passes_table(results),
+            "depth": depth_table(),
+        })
+        draw_curves(results)
+        draw_blocks(results)
+        draw_passes(results)
+    if "again" in args.parts:
+        again = ex.Results(ex.runs("bupo", AGAIN, args, first=10))
+        tables = {"again": again_table(again), "together": together_table(again)}
+        ex.write("bupo_again", again, tables, page="bupo")
+    if "layers" in args.parts:
+        args.seeds = min(args.seeds, 3)
+        write_scaled()
+        layers = ex.Results(ex.runs("bupo", LAYERS, args, first=10))
+        ex.write("bupo_layers", layers, {"layers": layers_table(layers)}, page="bupo")
 
 
 if __name__ == "__main__":

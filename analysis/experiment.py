@@ -251,6 +251,20 @@ def paired(a, b, digits: int = 3) -> str:
     return f"{mean(found):+.{digits}f} ± {standard_error(found):.{digits}f}"
 
 
+def crossed(a: list[dict], b: list[dict]) -> float:
+    """Standard error of the mean difference of two arms when seeds and problems are both drawn
+    anew: of a two-way table, seeds by problems (Cameron, Gelbach and Miller's sum of variances)."""
+    table = []
+    for x, y in zip(a, b, strict=True):
+        pairs = zip(x["summary"]["right_after"], y["summary"]["right_after"], strict=True)
+        table.append([(int(p) - int(q)) / 8 for p, q in pairs])
+    cells = [cell for row in table for cell in row]
+    by_seed = standard_error([mean(row) for row in table])
+    by_problem = standard_error([mean(column) for column in zip(*table, strict=True)])
+    variance = by_seed ** 2 + by_problem ** 2 - standard_error(cells) ** 2
+    return math.sqrt(max(0.0, variance))
+
+
 def apart(values: dict[str, list[float]], digits: int = 3) -> str:
     """Which pairs of arms, paired by seed, differ by more than two standard errors: a line."""
     pairs = list(itertools.combinations(values, 2))
