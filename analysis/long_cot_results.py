@@ -1,6 +1,7 @@
 """Demystifying Long CoT's claims on the embedded model -> results/long_cot.{json,md} and figures.
 
-    python -m analysis.long_cot_results     # 8 fine-tunings and 23 RL runs, five seeds: 70 minutes
+    python -m analysis.long_cot_results     # 14 fine-tunings, 25 RL runs, five seeds: 90 minutes
+    python -m analysis.long_cot_results --parts problems --seeds 3      # the first table alone
 
 Chains are sampled from a teacher (long, short, N answers per problem), or kept without
 verification under noisy labels; then PPO goes on from them. The limit of 112 tokens for RL is twice
@@ -58,6 +59,17 @@ def rl(flags: str, color=GREY, start: str | None = None, limit: int = 112) -> Ar
     return Arm("ppo.py", f"{common} {flags}", color)
 
 
+SIZES = (192, 768, 2048)
+ASKED = {}  # more problems, each asked once
+for size in SIZES:
+    for style in ("long", "short"):
+        flags = f"--max-new-tokens 160 --teacher-problems {size} --samples 1"
+        ASKED[f"{style}, {size} problems"] = Arm(
+            "long_cot_sft.py", f"{EVAL} {flags} --teacher-style {style}")
+EQUAL = {
+    "RL from long, 768 problems": rl("", start="long,_768_problems"),
+    "RL from short, 192 problems": rl("", start="short,_192_problems"),
+}
 TUNED = {}
 for style in ("long", "short"):
     for n in NS:
@@ -113,6 +125,47 @@ def waits(results, name: str, when: str) -> str:
 def gain(results, name: str) -> list[float]:
     after = results.accuracy(name)
     return ex.differences(after, results.summary(name, "avg_at_k_before"))
+
+
+def asked_table(results) -> str:
+    """More problems at one sample each, long and short."""
+    rows = []
+    for size in SIZES:
+        for style in ("long", "short"):
+            name = f"{style}, {size} problems"
+            traces = [about["traces"] for about in results.summary(name, "traces")]
+            difference = ""
+            if style == "short":
+                long = results.accuracy(f"long, {size} problems")
+                difference = ex.paired(results.accuracy(name), long)
+            rows.append([
+                name,
+                f"{mean(traces):.0f}",
+                f"{tokens_trained(results, name):.0f}",
+                ex.spread(results.accuracy(name)),
+                difference,
+                f"{mean(results.summary(name, 'length_after')):.0f}",
+            ])
+    heads = ["chains, problems asked once", "traces", "tokens trained", "accuracy",
+             "short minus long", "tokens per answer"]
+    return ex.table(heads, rows)
+
+
+def equal_table(results) -> str:
+    """RL from starts of nearly equal accuracy: what the paper compares, with its other half."""
+    rows = []
+    gains = []
+    for name in EQUAL:
+        before = results.summary(name, "avg_at_k_before")
+        gains.append(gain(results, name))
+        lengths = [mean(results.summary(name, f"length_{when}")) for when in ("before", "after")]
+        rows.append([name, ex.spread(before), ex.spread(results.accuracy(name)),
+                     ex.spread(gains[-1]), "{:.0f} to {:.0f}".format(*lengths)])
+    after = [results.accuracy(name) for name in EQUAL]
+    heads = ["start", "accuracy before", "after", "gain", "tokens per answer"]
+    return ex.table(heads, rows) + (
+        f"\nLong minus short, paired by seed: gain {ex.paired(*gains)}, accuracy after "
+        f"{ex.paired(*after)}.\n")
 
 
 def tuned_table(results) -> str:
@@ -197,6 +250,9 @@ def compare_table(results) -> str:
          "short N=1"),
         ("RL's gain in accuracy: long minus short start", gained, "long, cosine", "short, cosine"),
         ("accuracy after RL: long minus short start", accuracy, "long, cosine", "short, cosine"),
+        ("fine-tuning, then RL, minus RL from the base: long", accuracy, "long, cosine",
+         "base, cosine"),
+        ("the same, short chains", accuracy, "short, cosine", "base, cosine"),
         ("accuracy: cosine minus classic, long start", accuracy, "long, cosine", "long, classic"),
         ("accuracy: cosine minus classic, base, limit 56", accuracy, cosine, classic),
         ("share too long: the same", too_long, cosine, classic),
@@ -237,6 +293,26 @@ def draw_main(results) -> None:
     ex.save(figure, "long_cot.png")
 
 
+def draw_asked(results) -> None:
+    """Accuracy by tokens on both axes: problems, and (of long_cot.json) samples per problem."""
+    repeated = json.loads((ex.PAGES / "long_cot.json").read_text())
+    figure, axis = ex.plt.subplots(figsize=(7.5, 4.8), constrained_layout=True)
+    for style, color in (("long", BLUE), ("short", SKY)):
+        names = [f"{style}, {size} problems" for size in SIZES]
+        x = [tokens_trained(results, name) for name in names]
+        by_size = [results.accuracy(name) for name in names]
+        curves = list(zip(*by_size, strict=True))
+        ex.band(axis, curves, f"{style}: 192, 768, 2048 problems", color, "-o", x)
+        found = [repeated[f"{style} N={n}"] for n in NS]
+        x = [mean([run["by_step"]["tokens_seen"][-1] for run in runs]) for runs in found]
+        by_n = [[run["avg_at_k_after"] for run in runs] for runs in found]
+        curves = list(zip(*by_n, strict=True))
+        ex.band(axis, curves, f"{style}: 1, 4, 16 samples of 192", color, "--s", x, fill=False)
+    axis.set_xscale("log")
+    ex.tidy(axis, "accuracy after fine-tuning", "tokens trained on", legend=True)
+    ex.save(figure, "long_cot_problems.png")
+
+
 def draw_rewards(results) -> None:
     figure, axes = ex.plt.subplots(1, 3, figsize=(14, 4.4), constrained_layout=True)
     colours = {"cosine": BLUE, "reward A": VERMILION, "reward B": GREEN, "reward C": PURPLE}
@@ -252,7 +328,18 @@ def draw_rewards(results) -> None:
 
 
 def main():
-    args = ex.arguments(__doc__, seeds=5)
+    args = ex.arguments(__doc__, seeds=5, parts=("arms", "problems"))
+    if "arms" in args.parts:
+        every_arm(args)
+    if "problems" in args.parts:
+        asked = ex.Results(ex.runs("long_cot", ASKED, args))
+        asked.update(ex.runs("long_cot", EQUAL, args))
+        tables = {"asked": asked_table(asked), "equal": equal_table(asked)}
+        ex.write("long_cot_problems", asked, tables, page="long_cot")
+        draw_asked(asked)
+
+
+def every_arm(args) -> None:
     for seed in range(args.seeds):
         write_rows(f"noisy-{seed}", noisy_labels(seed))
     results = ex.Results(ex.runs("long_cot", TUNED, args))
