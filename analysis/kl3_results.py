@@ -1,22 +1,32 @@
 """ATR-GRPO's claims on the embedded model: which gate, how wide -> results/kl3_grpo.{json,md}.
 
-    python -m analysis.kl3_results      # ten gates, five paired seeds, two at a time: 15 minutes
+    python -m analysis.kl3_results                      # 16 gates, five paired seeds: 40 minutes
+    python -m analysis.kl3_results --parts acting --seeds 3     # where a gate acts, 20 minutes
 
-Every rollout makes four updates, each on its share of the problems, so that the policy leaves the
-one that sampled and gates act. Accuracy: 8 answers to each of 1,024 held-out problems.
+Every rollout makes four updates, each on its share of the problems. In the part "acting" the model
+is less certain of its tokens and every rollout is gone through four times, so that the policy
+leaves the one that sampled and gates act. Accuracy: 8 answers to each of 1,024 held-out problems.
 """
 import math
 
 import numpy as np
 import torch
 
+import kl3_grpo
 from analysis import experiment as ex
-from analysis.experiment import BLUE, GREEN, GREY, VERMILION, Arm, mean
+from analysis import internal
+from analysis.experiment import BLUE, GREEN, GREY, PURPLE, VERMILION, Arm, mean
+from common.data import batch_of
 from common.logprobs import response_logprobs
+from common.models import load_model, load_tokenizer
+from common.sampling import sample
 from kl3_grpo import clip_range, group_advantages
 
 SIZE = "--lr 3e-4 --eval-problems 1024 --group-size 8 --steps 16"
 NO_GATE = "--delta 1e9"
+PASSES = 4
+SOFTER = 1.5  # what divides the logits of the less certain model
+ACTING_SIZE = f"{SIZE} --updates-per-rollout {2 * PASSES} --model {{runs}}/softer"
 BINS = (0.0, 0.01, 0.1, 0.5, 0.9, 1.0)
 DELTAS = (0.02, 0.05, 0.1, 0.2)
 STYLES = dict(zip(DELTAS, ("-", "--", "-.", ":"), strict=True))
@@ -55,6 +65,21 @@ def probe(run) -> dict:
     return {"bins": found}
 
 
+def four_passes(run, _optimizer) -> None:
+    """Every rollout is gone through four times, in halves: its rows four times over, eight updates,
+    two of them to a pass."""
+    def batch_four_times(*args, **kwargs):
+        return batch_of(*args, **kwargs) * PASSES
+
+    def sample_once(model, tokenizer, prompts, **kwargs):
+        rollout = sample(model, tokenizer, prompts[:len(prompts) // PASSES], **kwargs)
+        rows = torch.arange(len(rollout.texts))
+        return rollout[rows.repeat(PASSES)]
+
+    kl3_grpo.batch_of = batch_four_times
+    kl3_grpo.sample = sample_once
+
+
 def gate(flags: str, color=GREY, style="-") -> Arm:
     return Arm("kl3_grpo.py", f"{SIZE} {flags}", color, style, probe, every=2)
 
@@ -64,6 +89,13 @@ for delta, line_style in STYLES.items():
     for measure, line_colour in (("ratio", BLUE), ("kl3", GREEN)):
         flags = f"--measure {measure} --delta {delta}"
         ARMS[f"{measure} {delta}"] = gate(flags, line_colour, line_style)
+ACTING = {"none": NO_GATE}
+for measure in ("ratio", "kl3", "kl2", "kl1", "abs_kl1"):
+    ACTING[f"{measure} 0.02"] = f"--measure {measure}"
+COLOURS = (GREY, BLUE, GREEN, VERMILION, PURPLE, "black")
+for (name, flags), line_colour in zip(list(ACTING.items()), COLOURS, strict=True):
+    ACTING[name] = Arm("kl3_grpo.py", f"{ACTING_SIZE} {flags}", line_colour, "-", probe,
+                       prepare=four_passes)
 ONE = f"{SIZE} --updates-per-rollout 1 --steps 6 --eval-problems 0"
 ONCE = {"none, one update": Arm("kl3_grpo.py", f"{ONE} {NO_GATE}")}
 for measure in ("ratio", "kl2", "kl3"):
@@ -112,6 +144,53 @@ def arms_table(results) -> str:
             f"{mean(results.metric(name, 'kl3')):.4f}",
         ])
     return ex.table(heads, rows)
+
+
+def write_softer() -> None:
+    """The embedded model with its logits divided by SOFTER, so less certain of its tokens."""
+    model = load_model(internal.Args(device="cpu"), trained=False)
+    model.lm_head.weight.div_(SOFTER)
+    place = ex.ROOT / "runs" / "analysis" / "kl3_acting" / "softer"
+    model.save_pretrained(place)
+    load_tokenizer("tiny").save_pretrained(place)
+
+
+def certain(results, name: str, first: bool) -> float:
+    """Share of sampled tokens with probability above 0.9, at the first or the last look."""
+    looks = []
+    for result in results[name]:
+        bins = [look["bins"] for look in result["probe"] if "bins" in look]
+        looks.append(bins[0 if first else -1][-1]["share"])
+    return mean(looks)
+
+
+def acting_table(results) -> str:
+    heads = ["gate", "window of the ratio", "accuracy", "minus none", "minus ratio 0.02", "reward",
+             "entropy, last 4 steps", "cut for A > 0", "cut for A < 0"]
+    rows = []
+    for name in ACTING:
+        values = results.accuracy(name)
+        row = [name, window_of(name), ex.spread(values)]
+        for other in ("none", "ratio 0.02"):
+            difference = ""
+            if name != other:
+                error = ex.crossed(results[name], results[other])
+                difference = f"{ex.paired(values, results.accuracy(other))} ({error:.3f})"
+            row.append(difference)
+        rows.append([
+            *row,
+            ex.spread(results.metric(name, "reward")),
+            ex.spread(results.metric(name, "entropy", last=4)),
+            f"{mean(results.metric(name, 'clip_up')):.2%}",
+            f"{mean(results.metric(name, 'clip_down')):.2%}",
+        ])
+    before = results["none"][0]["summary"]["avg_at_k_before"]
+    usual = {name: results.accuracy(name) for name in ACTING}
+    return ex.table(heads, rows) + (
+        f"\nBefore: {before:.3f}. Reward: mean of all rollouts. Cut: share of the tokens of all "
+        f"updates. Tokens of probability above 0.9: {certain(results, 'ratio 0.02', True):.0%} "
+        f"at the first look, {certain(results, 'ratio 0.02', False):.0%} at the last. Errors over "
+        "seeds (in brackets: with the problems drawn anew as well). " + ex.apart(usual))
 
 
 def readings(results, name: str) -> list[list[float]]:
@@ -224,6 +303,16 @@ def draw_curves(results) -> None:
     ex.save(figure, "kl3_curves.png")
 
 
+def draw_acting(results) -> None:
+    figure, axes = ex.plt.subplots(1, 2, figsize=(12, 4.4), constrained_layout=True)
+    titles = {"reward": "share of answers right", "entropy": "entropy, nats per token"}
+    for axis, (key, title) in zip(axes, titles.items(), strict=True):
+        for name, arm in ACTING.items():
+            ex.band(axis, results.curves(name, key), name, arm.color, arm.style, fill=False)
+        ex.tidy(axis, title, legend=key == "reward")
+    ex.save(figure, "kl3_acting.png")
+
+
 def draw_width(results) -> None:
     figure, axes = ex.plt.subplots(1, 3, figsize=(13, 4), constrained_layout=True)
     titles = ("accuracy", "entropy at the last steps, nats", "entropy at equal reward, nats")
@@ -245,7 +334,17 @@ def draw_width(results) -> None:
 
 
 def main():
-    args = ex.arguments(__doc__, seeds=5)
+    args = ex.arguments(__doc__, seeds=5, parts=("arms", "acting"))
+    if "acting" in args.parts:
+        write_softer()
+        acting = ex.Results(ex.runs("kl3_acting", ACTING, args))
+        ex.write("kl3_acting", acting, {"acting": acting_table(acting)}, page="kl3_grpo")
+        draw_acting(acting)
+    if "arms" in args.parts:
+        every_arm(args)
+
+
+def every_arm(args) -> None:
     results = ex.Results(ex.runs("kl3", ARMS, args))
     args.seeds = 1
     once = ex.runs("kl3", ONCE, args)
