@@ -159,7 +159,7 @@ for scale in SCALES:
     LAYERS[f"BuPO, scale {scale}"] = bupo(scaled(scale))
 LAYERS["GRPO, four updates"] = Arm("grpo.py", f"{EVAL} {FOUR} --dual-clip 10")
 LAYERS["BuPO, four updates"] = bupo(FOUR, prepare=dual_clip)
-for block in (2, 4, 6, 8):
+for block in (4, 6):
     LAYERS[f"GRPO, block {block} alone"] = Arm("grpo.py", EVAL, prepare=partial(one_block, block))
 
 

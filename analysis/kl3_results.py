@@ -90,9 +90,9 @@ for delta, line_style in STYLES.items():
         flags = f"--measure {measure} --delta {delta}"
         ARMS[f"{measure} {delta}"] = gate(flags, line_colour, line_style)
 ACTING = {"none": NO_GATE}
-for measure in ("ratio", "kl3", "kl2", "kl1", "abs_kl1"):
+for measure in ("ratio", "kl3", "kl1", "abs_kl1"):
     ACTING[f"{measure} 0.02"] = f"--measure {measure}"
-COLOURS = (GREY, BLUE, GREEN, VERMILION, PURPLE, "black")
+COLOURS = (GREY, BLUE, GREEN, VERMILION, PURPLE)
 for (name, flags), line_colour in zip(list(ACTING.items()), COLOURS, strict=True):
     ACTING[name] = Arm("kl3_grpo.py", f"{ACTING_SIZE} {flags}", line_colour, "-", probe,
                        prepare=four_passes)
