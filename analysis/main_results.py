@@ -32,7 +32,7 @@ ARMS = {
     "Dr. GRPO": Method("grpo.py", DR_GRPO, style=":"),
     "PPO": Method("ppo.py", EVAL),
     "BuPO": Method("bupo.py", EVAL),
-    "ATR-GRPO": Method("kl3_grpo.py", EVAL),
+    "ATR-GRPO (4 updates, 1e-4)": Method("kl3_grpo.py", EVAL),
     "one-shot EM": Method("entropy_min.py", EVAL, answers=640, labels=0),
     "long-CoT SFT": Method("long_cot_sft.py", f"{EVAL} --max-new-tokens 112", answers=2048),
 }
