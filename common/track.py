@@ -1,0 +1,2 @@
+def tracker(kind, name, flags):
+    return None
