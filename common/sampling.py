@@ -37,8 +37,10 @@ class Rollout:
         """The rows with these numbers (b,). T stays, so they line up with the whole rollout."""
         chosen = {}
         for name, value in vars(self).items():
-            is_tensor = torch.is_tensor(value)
-            chosen[name] = value[rows] if is_tensor else [value[i] for i in rows.tolist()]
+            if torch.is_tensor(value):
+                chosen[name] = value[rows]
+            else:
+                chosen[name] = [value[i] for i in rows.tolist()]
         return Rollout(**chosen)
 
 
@@ -76,10 +78,18 @@ def sample(model, tokenizer, prompts: list[list[int]], n: int, max_new_tokens: i
     stop = torch.tensor(stop_ids(lm, tokenizer), device=lm.device)
     pieces = []
     with gathered(lm), autocast(model):
-        for rows, its_noise in zip(owner.split(max_rows), noise.split(max_rows), strict=True):
-            first = int(rows[0])
-            asked = prompts[first:int(rows[-1]) + 1]
-            pieces.append(decode(lm, asked, rows - first, its_noise, stop, temperature, top_p))
+        for rows in torch.arange(len(owner)).split(max_rows):
+            prompt = owner[rows]
+            first = int(prompt[0])
+            asked = prompts[first:int(prompt[-1]) + 1]
+            piece = decode(
+                lm, asked,
+                owner=prompt - first,
+                noise=noise[rows],
+                stop=stop,
+                temperature=temperature,
+                top_p=top_p)
+            pieces.append(piece)
     model.train(was_training)
 
     tokens, logp, entropy, lengths, finished = map(torch.cat, zip(*pieces, strict=True))
@@ -132,7 +142,12 @@ def decode(lm, prompts, owner, noise, stop, temperature, top_p):
     entropy = torch.zeros(B, max_new_tokens, device=device)              # (B, T)
     lengths = torch.zeros(B, dtype=torch.long, device=device)            # (B,)
     running = torch.arange(B, device=device)                             # (R,)
-    bar = tqdm(desc="sampling", unit=" tokens", delay=5, leave=False, disable=rank() > 0)
+    bar = tqdm(
+        desc="sampling",
+        unit=" tokens",
+        delay=5,  # seconds until it shows
+        leave=False,
+        disable=rank() > 0)
     for t in range(max_new_tokens):
         scores = logits.float() / (temperature or 1.0)                   # (R, V)
         full = scores.log_softmax(-1)                                    # (R, V)
@@ -142,7 +157,8 @@ def decode(lm, prompts, owner, noise, stop, temperature, top_p):
         else:
             token = pick(drawn_from.exp(), noise[running, t])            # (R,)
         tokens[running, t] = token
-        logp[running, t] = full.gather(1, token[:, None])[:, 0]
+        its_logp = full.gather(1, token[:, None])                        # (R, 1)
+        logp[running, t] = its_logp[:, 0]
         weighted = full.exp() * full.clamp(min=-1e4)                     # (R, V), p log p
         entropy[running, t] = -weighted.sum(-1)
         lengths[running] = t + 1
@@ -160,7 +176,8 @@ def decode(lm, prompts, owner, noise, stop, temperature, top_p):
         if len(running) == 0 or t + 1 == max_new_tokens:
             break
         token = token[:, None]                                           # (R, 1)
-        visible = torch.cat([visible, torch.ones_like(token)], 1)        # (R, S)
+        one = torch.ones_like(token)                                     # (R, 1)
+        visible = torch.cat([visible, one], 1)                           # (R, S)
         position = position + 1
         output = lm(token, visible, position, cache, use_cache=True)
         logits = output.logits[:, -1]                                    # (R, V)
@@ -205,7 +222,8 @@ def join(prompts: list[list[int]], tokens: torch.Tensor, lengths: torch.Tensor):
     rows = [tokens.new_zeros(1)]
     inside = [tokens.new_zeros(1)]
     for prompt, answer, length in zip(prompts, tokens, lengths.tolist(), strict=True):
-        row = torch.cat([tokens.new_tensor(prompt), answer[:length]])            # (S,)
+        asked = tokens.new_tensor(prompt)
+        row = torch.cat([asked, answer[:length]])                                # (S,)
         is_answer = torch.zeros_like(row)                                        # (S,)
         is_answer[len(prompt):] = 1
         rows.append(row)
