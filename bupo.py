@@ -137,7 +137,7 @@ def main(argv=None):
     if args.internal_steps and "layer" not in run.summary:  # a resumed run keeps its layer
         run.summary["layer"] = choose_layer(run)
 
-    for step in range(run.begin(optimizer), args.steps):
+    for step in range(run.begin(optimizer=optimizer), args.steps):
         # 0. The policy that is trained: block l's at first, then the model's (eq. 10).
         layer, trunk = None, None
         if step < args.internal_steps:

@@ -132,7 +132,7 @@ def main(argv=None):
     prompts = run.encode(problems)
     n = args.group_size // (len(prompts) * size())  # answers to a problem, of each process
 
-    for step in range(run.begin(optimizer), args.steps):
+    for step in range(run.begin(optimizer=optimizer), args.steps):
         # 1. Sample answers to the same problems in every step, without gradient.
         rollout = sample(model, run.tokenizer, prompts, n, args.max_new_tokens, args.temperature,
                          args.top_p, seed=args.seed * 100_000 + step)

@@ -140,7 +140,7 @@ def main(argv=None):
     model = run.model
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.01, foreach=False)
 
-    for step in range(run.begin(optimizer), args.steps):
+    for step in range(run.begin(optimizer=optimizer), args.steps):
         # 1. Sample a group of answers to each problem.
         problems = share(batch_of(run.train, step, args.prompts_per_step, args.seed))  # P rows
         prompts = run.encode(problems)

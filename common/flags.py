@@ -115,11 +115,11 @@ def parse_args(Args, real: dict, description: str, argv: list[str] | None = None
 
 
 def read_config(folder: str) -> dict:
-    """config.json of a run, with "script", "flags" and "data" at least. Raises BadInput."""
+    """config.json of a run: "script", "flags", "data" and more. Raises BadInput."""
     path = pathlib.Path(folder) / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        return {name: config[name] for name in ("script", "flags", "data")}
+        return {"data": None, **config, "script": config["script"], "flags": {**config["flags"]}}
     except OSError:
         raise BadInput(f"--resume {folder}: no run there (no config.json)") from None
     except (ValueError, KeyError, TypeError) as error:

@@ -1,7 +1,7 @@
 """A run's book-keeping: its model, data and folder, metrics, checkpoints. Knows no algorithm.
 
     run = Run("grpo", args, reward)               # loads, checks, prints; nothing is written yet
-    for step in range(run.begin(optimizer), args.steps):
+    for step in range(run.begin(optimizer=optimizer), args.steps):
         ...
         run.log(step, problems, rollout, rewards, parts, grad_norms)     # a row of metrics.jsonl
         run.save(step + 1)                                     # a checkpoint when one is due
@@ -23,16 +23,10 @@ import time
 
 import torch
 import transformers
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_state_dict,
-)
 from tqdm import tqdm
 
 from common.data import drop_long_prompts, encode_prompt, fingerprint, load_train_and_eval
-from common.distributed import everyone, rank, size, total
+from common.distributed import everyone, rank, size, split_like, total, whole
 from common.evaluate import describe, evaluate, mean_and_error
 from common.flags import BadInput, read_config
 from common.models import causal_lm, load_model, load_tokenizer, memory_estimate
@@ -41,8 +35,6 @@ from common.track import tracker
 EVAL_K = 8   # answers to each held-out problem
 SAVES = 10   # checkpoints in a run, evenly spaced; the last one stays
 SHOWN = 4    # answers per rank and step in rollouts.jsonl, half of them to the first problem
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-TRAINED = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 
 
 class Run:
@@ -59,7 +51,9 @@ class Run:
         self.rows = []       # of metrics
         self.seconds = {}    # of this step, by part
         self.warned = set()
-        if args.output and not args.resume and any(self.folder.glob("*")):
+        if args.resume:
+            self.resumed = self.check_resumed()
+        elif args.output and any(self.folder.glob("*")):
             raise BadInput(f"--output {self.folder}: holds something already; take another folder, "
                            f"or --resume {self.folder}")
         updates = size() * getattr(args, "updates_per_rollout", 1)
@@ -74,24 +68,24 @@ class Run:
             drop_long_prompts(self.tokenizer, rows, args.system, longest)
             for rows in load_train_and_eval(args)]
         self.data = fingerprint(self.train, self.held_out)
-        if args.resume:
-            self.check_resumed()
+        if args.resume and self.resumed["data"] != self.data:
+            raise BadInput(f"--resume {self.folder}: the data has changed since")
         self.describe()
 
-    def check_resumed(self) -> None:
-        """BadInput if --resume names a run of another script, model or data."""
+    def check_resumed(self) -> dict:
+        """-> config.json. BadInput if --resume names a run of another script, model or data."""
         config = read_config(self.folder)
         if config["script"] != self.name:
             raise BadInput(f"--resume {self.folder}: a run of {config['script']}.py")
-        for name in ("model", "lora_rank", "seed"):
-            if config["flags"][name] != getattr(self.args, name):
-                raise BadInput(f"--{name.replace('_', '-')}: the run in {self.folder} has "
-                               f"{config['flags'][name]}, and keeps it")
-        if config["data"] != self.data:
-            raise BadInput(f"--resume {self.folder}: its data or held-out problems have changed")
+        for name in ("model", "data", "eval_data", "eval_problems", "seed", "lora_rank"):
+            had, now = config["flags"][name], getattr(self.args, name)
+            if had != now:
+                raise BadInput(f"--{name.replace('_', '-')} {now}: the run in {self.folder} has "
+                               f"{had}, and keeps it")
         summary = self.folder / "summary.json"
         if summary.exists():
             self.summary = read_json(summary.read_text(encoding="utf-8"), summary)
+        return config
 
     def describe(self) -> None:
         """Prints model, data, the decoded first prompt, memory."""
@@ -136,16 +130,21 @@ class Run:
             "commit": commit(),
             "versions": versions})
 
-    def begin(self, optimizer, *others) -> int:
+    def begin(self, **parts) -> int:
         """Makes the folder or restores its checkpoint, evaluates -> the first step to make.
 
-        others: (module, optimizer) pairs that checkpoints keep beside the model, such as a critic.
+        parts: what checkpoints keep beside the trained weights, name -> anything with state_dict()
+        and load_state_dict(), such as optimizer=optimizer.
         """
-        self.parts = [(self.model, optimizer), *others]
+        self.parts = parts
         first = self.restore() if self.args.resume else 0
+        self.rows = self.read_rows("metrics.jsonl", first)
+        answers = self.read_rows("rollouts.jsonl", first)
+        if len(self.rows) != first:
+            raise BadInput(f"--resume {self.folder}: metrics.jsonl has lost rows")
         self.make_folder()
-        self.rows = self.keep("metrics.jsonl", first)
-        self.keep("rollouts.jsonl", first)
+        self.append("metrics.jsonl", self.rows, "w")  # rows of steps that are made again go
+        self.append("rollouts.jsonl", answers, "w")
         if first == 0 and self.held_out and "avg_at_k_before" not in self.summary:
             self.measure("before")
         self.write("summary.json", self.summary)
@@ -155,25 +154,22 @@ class Run:
         self.started = self.lap_started = time.perf_counter()
         return first
 
-    def keep(self, name: str, step: int) -> list[dict]:
-        """Leaves the rows up to a step in a file, as the others will be made again -> them."""
+    def read_rows(self, name: str, step: int) -> list[dict]:
+        """The rows of a resumed run's file up to a step. BadInput if they are damaged."""
         path = self.folder / name
-        rows = []
-        if self.args.resume and path.exists():
-            lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # the last may be half a row
-            made = [read_json(line, path) for line in lines]
-            rows = [row for row in made if row["step"] <= step]
-        if rank() == 0:
-            write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
-        return rows
+        if not self.args.resume or not path.exists():
+            return []
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # the last may be half a row
+        rows = [read_json(line, path) for line in lines]
+        return [row for row in rows if row["step"] <= step]
 
     def write(self, name: str, value: dict) -> None:
         if rank() == 0:
             write_whole(self.folder / name, json.dumps(value, indent=1))
 
-    def append(self, name: str, rows: list[dict]) -> None:
+    def append(self, name: str, rows: list[dict], mode: str = "a") -> None:
         if rank() == 0:
-            with open(self.folder / name, "a", encoding="utf-8") as file:
+            with open(self.folder / name, mode, encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
 
     def lap(self, part: str) -> None:
@@ -272,11 +268,13 @@ class Run:
         """A checkpoint after `step` steps, if one is due."""
         if step % max(1, self.args.steps // SAVES) and step < self.args.steps:
             return
-        states = [get_state_dict(*part, options=TRAINED) for part in self.parts]
+        weights = {name: p.data for name, p in self.model.named_parameters() if p.requires_grad}
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        state = whole({"step": step, "weights": weights, "parts": parts})
         if rank() == 0:
             place = self.folder / "checkpoint.pt"
             try:
-                torch.save({"step": step, "states": states}, place.with_suffix(".tmp"))
+                torch.save(state, place.with_suffix(".tmp"))
             except RuntimeError as error:  # what torch raises where the disk is full
                 raise OSError(f"{place} cannot be written: is the disk full?") from error
             place.with_suffix(".tmp").replace(place)
@@ -288,14 +286,14 @@ class Run:
             print(f"going on in {self.folder}, which has no checkpoint yet")
             return 0
         try:
-            saved = torch.load(place, "cpu", weights_only=True, mmap=True)
-            step = saved["step"]
-            for (module, optimizer), (weights, moments) in zip(self.parts, saved["states"],
-                                                               strict=True):
-                rate = optimizer.param_groups[0]["lr"]
-                set_state_dict(module, optimizer, model_state_dict=weights,
-                               optim_state_dict=moments, options=TRAINED)
-                optimizer.param_groups[0]["lr"] = rate  # --lr may be another one
+            state = torch.load(place, "cpu", weights_only=True, mmap=True)
+            step = state["step"]
+            with torch.no_grad():
+                for name, weight in self.model.named_parameters():
+                    if weight.requires_grad:
+                        weight.copy_(split_like(state["weights"][name], weight))
+            for name, part in self.parts.items():
+                load_part(part, state["parts"][name])
         except Exception as error:  # a damaged file fails in any way it likes
             reason = (str(error) or type(error).__name__).splitlines()[0][:200]
             raise BadInput(f"--resume {self.folder}: cannot be gone on with, {reason}") from error
@@ -329,10 +327,13 @@ class Run:
         """model/, an ordinary save_pretrained folder, or adapters in peft's format and merged/."""
         adapters = hasattr(self.model, "peft_config")
         dtype = causal_lm(self.model).compute_dtype
-        state = get_model_state_dict(self.model, options=TRAINED if adapters else WHOLE)
-        if self.model.config.tie_word_embeddings:
-            state.pop("lm_head.weight", None)
-        state = {name: weight.to(dtype) for name, weight in state.items()}
+        tied = self.model.config.tie_word_embeddings
+        state = {}
+        for name, weight in self.model.state_dict().items():
+            copied = name == "lm_head.weight" and tied
+            if "lora_" in name or not adapters and not copied:
+                state[name] = weight.to(dtype)
+        state = whole(state)
         if rank() > 0:
             return
         self.model.config.dtype = dtype
@@ -415,3 +416,16 @@ def write_whole(path: pathlib.Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
+
+
+def load_part(part, state: dict) -> None:
+    """load_state_dict where tensors may be split over ranks; learning rates stay as they are."""
+    now = part.state_dict()
+    if isinstance(part, torch.optim.Optimizer):
+        weights = [p for group in part.param_groups for p in group["params"]]
+        for i, moments in state["state"].items():
+            state["state"][i] = {k: split_like(v, weights[i]) for k, v in moments.items()}
+        state["param_groups"] = now["param_groups"]
+    else:
+        state = {name: split_like(value, now[name]) for name, value in state.items()}
+    part.load_state_dict(state)

@@ -75,7 +75,7 @@ TABLE = [
     (SOME, "--data half.jsonl", "--data half.jsonl: not JSON, line 2"),
     (SOME, "--data nested.jsonl", "--data nested.jsonl: "),         # brackets without end
     (SOME, "--data numbers.jsonl", "every row must be an object"),
-    (SOME, "--data binary.parquet", "--data binary.parquet: cannot be read as parquet"),
+    (SOME, "--data binary.parquet", "--data binary.parquet: cannot be read"),
     (SOME, "--data nobody/nothing", "--data nobody/nothing"),       # a hub id, offline
     (SOME, "--data columns.jsonl", "no column with the problem; the data has text"),
     (SOME, "--data nogold.jsonl", "no row has both a problem"),
