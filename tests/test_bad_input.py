@@ -50,7 +50,7 @@ TABLE = [
     (["entropy_min"], "--problem-file missing.txt", "--problem-file missing.txt"),
     (["entropy_min"], "--problem-file empty.jsonl", "is empty"),
     (["entropy_min"], "--problem-file binary.jsonl", "--problem-file binary.jsonl"),
-    (["ppo"], "--critic none", "invalid choice"),
+    (["ppo"], "--length-reward D", "invalid choice"),
     (["long_cot_sft"], "--traces missing.jsonl", "missing.jsonl"),
     (["long_cot_sft"], "--traces columns.jsonl", "columns.jsonl"),
     (EVALUATE, "--k 0", "must be at least 1"),

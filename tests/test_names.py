@@ -33,7 +33,7 @@ NAMES = {
         "repetition_penalty(token_ids, ngram=40, penalty=-0.05)",
         "discounted_returns(rewards, gammas, mask)",
         "gae(rewards, values, mask, gamma=1.0, lam=1.0)",
-        "ppo_loss(logp, old_logp, advantages, mask, clip_low=0.2, clip_high=0.2, dual_clip=None, "
+        "ppo_loss(logp, old_logp, advantages, mask, clip_low=0.2, clip_high=0.2, "
         "denominator=None)",
         "value_loss(values, old_values, returns, mask, clip=0.2, denominator=None)"],
     "common.sampling": [
