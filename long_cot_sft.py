@@ -360,9 +360,8 @@ def main(argv=None):
     args.steps = math.ceil(visits / args.batch_size)
     if run.held_out and "reflection_before" not in run.summary:
         count_reflections(run, "before", run.measure("before"))
-    on_card = model.device.type == "cuda"  # where a fused update needs no copies
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95),
-                                  weight_decay=0.0, fused=on_card)
+                                  weight_decay=0.0, foreach=False)
     nothing = {"prompt": rows[0]["prompt"], "response": []}
 
     for step in range(run.begin(optimizer=optimizer), args.steps):

@@ -269,11 +269,10 @@ def main(argv=None):
     budget = args.micro_batch_tokens
     penalty_gamma = args.penalty_gamma if args.penalty else args.gamma
     gammas = torch.tensor([args.gamma, penalty_gamma], device=model.device)            # (M,)
-    on_card = model.device.type == "cuda"  # where a fused update needs no copies
     weights = [
         {"params": model.parameters(), "lr": args.lr},
         {"params": critic.parameters(), "lr": args.critic_lr}]
-    optimizer = torch.optim.AdamW(weights, weight_decay=0.01, fused=on_card)
+    optimizer = torch.optim.AdamW(weights, weight_decay=0.01, foreach=False)
 
     first = run.begin(optimizer=optimizer, critic=critic)
     for step in range(first, args.steps):
@@ -373,7 +372,7 @@ def main(argv=None):
 
         # 7. Book-keeping.
         as_one_group = correct[None]                                                   # (1, B)
-        run.log(step, rollout, as_one_group, parts, grad_norms, **metrics)
+        run.log(step, problems, rollout, as_one_group, parts, grad_norms, **metrics)
         run.save(step + 1)
     run.finish()
 
