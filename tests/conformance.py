@@ -3,11 +3,12 @@
     python tests/conformance.py mypackage.losses:grpo_loss
     python tests/conformance.py grpo:grpo_loss --advantages grpo:group_advantages
 
-Told apart by their gradients: a loss of the right value whose gradient is wrong trains wrongly.
+The gradient is what counts: a loss of the right value with a wrong gradient trains wrongly.
 What the callables take and give (B answers, T tokens, P problems, G answers to each, V vocabulary):
 
     loss(logp, old_logp, advantages, mask, clip_low=, clip_high=, dual_clip=, denominator=)
-                      (B, T), (B, T), (B,), (B, T) -> a scalar, or a tuple that begins with it
+                      (B, T), (B, T), (B,), (B, T) -> a scalar, or a tuple that begins with it;
+                      both clips default to 0.2, the denominator to the tokens in mask
     --advantages      (P, G) rewards -> (P, G) or (P G,)
     --kl-loss         (B, T) logp, (B, T) reference's -> (B, T) or its mean; its gradient is tested
     --kl-value        the same; its value is tested
@@ -40,12 +41,12 @@ ANY = None  # a position whose value another case looks at
 class Case:
     """A batch, and what the loss's derivative by each log-prob (and maybe the loss) has to be."""
     name: str
-    ratio: list          # (B, T), p / p_old
-    advantages: list     # (B,)
-    gradient: list       # (B, T)
+    ratio: list          # B T, answer after answer: p / p_old
+    advantages: list     # B
+    gradient: list       # B T
     failure: str         # what it does to training
     loss: float = ANY
-    mask: list = None    # (B, T), default 1
+    mask: list = None    # B T, default 1
     options: dict = field(default_factory=dict)
     row_by_row: bool = False  # one call per answer, their losses added up
 
@@ -54,55 +55,57 @@ class Case:
 # derivative; where the clip holds, the loss is a constant and the derivative is 0. Divided by the
 # number of tokens in the mask.
 CASES = [
-    Case("first update, r = 1", [[1.0]], [2.0], [[-2.0]],  # -A
+    Case("first update, r = 1", [1.0], [2.0], [-2.0],  # -A
          "the policy gradient itself is wrong: nothing is learnt", loss=-2.0),
-    Case("good token, r above the window", [[1.5]], [2.0], [[0.0]],  # min(1.5, 1.2) 2 = 2.4
+    Case("good token, r above the window", [1.5], [2.0], [0.0],  # min(1.5, 1.2) 2 = 2.4
          "good tokens are pushed on without end within a rollout", loss=-2.4),
-    Case("good token, r below the window", [[0.5]], [2.0], [[-1.0]],  # min(0.5, 0.8) 2 = r A
+    Case("good token, r below the window", [0.5], [2.0], [-1.0],  # min(0.5, 0.8) 2 = r A
          "a good token that grew rare is never brought back", loss=-1.0),
-    Case("bad token, r below the window", [[0.5]], [-2.0], [[0.0]],  # min(-1, -1.6), constant
+    Case("bad token, r below the window", [0.5], [-2.0], [0.0],  # min(-1, -1.6), constant
          "bad tokens are pushed down without end: the entropy collapses", loss=1.6),
-    Case("bad token, r above the window", [[1.5]], [-2.0], [[3.0]],  # min(-3, -2.4) = r A
+    Case("bad token, r above the window", [1.5], [-2.0], [3.0],  # min(-3, -2.4) = r A
          "a bad token that grew likely is never pushed back", loss=3.0),
-    Case("clip_high alone", [[1.25], [0.75]], [2.0, -2.0],
-         [[-1.25], [0.0]],  # 1.25 < 1.28: -2.5 / 2; 0.75 < 0.8: constant
+    Case("clip_high alone", [1.25, 0.75], [2.0, -2.0],
+         [-1.25, 0.0],  # 1.25 < 1.28: -2.5 / 2; 0.75 < 0.8: constant
          "DAPO's wider upper bound is not what it says", options={"clip_high": 0.28}),
-    Case("clip_low alone", [[0.85], [1.15]], [-2.0, 2.0],
-         [[0.0], [-1.15]],  # 0.85 < 0.9: constant; 1.15 < 1.2: -2.3 / 2
+    Case("clip_low alone", [0.85, 1.15], [-2.0, 2.0],
+         [0.0, -1.15],  # 0.85 < 0.9: constant; 1.15 < 1.2: -2.3 / 2
          "the lower bound is not what it says", options={"clip_low": 0.1}),
-    Case("dual clip", [[5.0], [2.0], [5.0]], [-2.0, -2.0, 2.0],
-         [[0.0], [4 / 3], [0.0]],  # max(-10, 3 (-2)); max(-4, -6) = r A, 4 / 3; upper clip
+    Case("dual clip", [5.0, 2.0, 5.0], [-2.0, -2.0, 2.0],
+         [0.0, 4 / 3, 0.0],  # max(-10, 3 (-2)); max(-4, -6) = r A, 4 / 3; upper clip
          "one bad token that grew likely rules the update", options={"dual_clip": 3.0}),
-    Case("r = e^100, too large for float32", [[math.exp(100)]], [-1.0], [[0.0]],
+    Case("r = e^100, too large for float32", [math.exp(100)], [-1.0], [0.0],
          "one token makes the gradient infinite, and every weight NaN"),
-    Case("stop token, the mask's last", [[1.0, 1.0, 9.0]], [2.0],
-         [[ANY, -1.0, ANY]],  # -2 / 2 tokens
-         "the model does not learn to stop: answers grow into the limit", mask=[[1, 1, 0]]),
-    Case("padding", [[1.0, 1.0, 9.0]], [-2.0], [[ANY, ANY, 0.0]],
-         "what stands behind an answer is trained", mask=[[1, 1, 0]]),
-    Case("token mean", [[1.0, 1, 1], [1, 9, 9]], [1.0, -5.0],
-         [[-0.25, -0.25, -0.25], [1.25, 0, 0]],  # four tokens: -1 / 4, 5 / 4
+    Case("stop token, the mask's last", [1.0, 1.0, 9.0], [2.0],
+         [ANY, -1.0, ANY],  # -2 / 2 tokens
+         "the model does not learn to stop: answers grow into the limit", mask=[1, 1, 0]),
+    Case("padding", [1.0, 1.0, 9.0], [-2.0], [ANY, ANY, 0.0],
+         "what stands behind an answer is trained", mask=[1, 1, 0]),
+    Case("token mean", [1.0, 1, 1, 1, 9, 9], [1.0, -5.0],
+         [-0.25, -0.25, -0.25, 1.25, 0, 0],  # four tokens: -1 / 4, 5 / 4
          "the mean is not over tokens: those of long answers weigh otherwise",
-         loss=0.5, mask=[[1, 1, 1], [1, 0, 0]]),  # (3 (-1) + 5) / 4
-    Case("token mean over micro-batches", [[1.0, 1, 1], [1, 9, 9]], [1.0, -5.0],
-         [[-0.25, -0.25, -0.25], [1.25, 0, 0]],
+         loss=0.5, mask=[1, 1, 1, 1, 0, 0]),  # (3 (-1) + 5) / 4
+    Case("token mean over micro-batches", [1.0, 1, 1, 1, 9, 9], [1.0, -5.0],
+         [-0.25, -0.25, -0.25, 1.25, 0, 0],
          "the gradient depends on how a batch is cut into micro-batches",
-         loss=0.5, mask=[[1, 1, 1], [1, 0, 0]], options={"denominator": 4}, row_by_row=True),
-    Case("advantages of an all-equal group", [[1.0, 1.5]], [0.0], [[0.0, 0.0]],
+         loss=0.5, mask=[1, 1, 1, 1, 0, 0], options={"denominator": 4}, row_by_row=True),
+    Case("advantages of an all-equal group", [1.0, 1.5], [0.0], [0.0, 0.0],
          "groups without signal move the weights"),
-    Case("nothing in the mask", [[1.0, 1.0]], [1.0], [[0.0, 0.0]],
-         "0 / 0: one such micro-batch makes every weight NaN", mask=[[0, 0]]),
+    Case("nothing in the mask", [1.0, 1.0], [1.0], [0.0, 0.0],
+         "0 / 0: one such micro-batch makes every weight NaN", mask=[0, 0]),
 ]
+
 
 def gradient_and_loss(loss, case: Case) -> list[float]:
     """The derivative by each of the B T log-probs, then the loss."""
-    ratio = torch.tensor(case.ratio, dtype=torch.float64)               # (B, T)
+    shape = len(case.advantages), -1
+    ratio = torch.tensor(case.ratio, dtype=torch.float64).view(shape)   # (B, T)
     logp = (ratio.log() - 1).float().requires_grad_()                   # (B, T)
     old_logp = -torch.ones_like(logp)                                   # (B, T)
     advantages = torch.tensor(case.advantages)                          # (B,)
     mask = torch.ones_like(old_logp)                                    # (B, T)
     if case.mask:
-        mask = torch.tensor(case.mask).float()
+        mask = torch.tensor(case.mask).float().view(shape)
     total = 0.0
     for rows in torch.arange(len(logp)).split(1 if case.row_by_row else len(logp)):
         result = loss(logp[rows], old_logp[rows], advantages[rows], mask[rows], **case.options)
@@ -196,7 +199,7 @@ def check(part: str, function) -> list[bool]:
         passed.append(judge(name, expected, failure, partial(compute, function)))
     for case in CASES if part == "loss" else []:
         if offered(function, case.options):
-            expected = [*itertools.chain(*case.gradient), case.loss]
+            expected = [*case.gradient, case.loss]
             passed.append(judge(case.name, expected, case.failure,
                                 partial(gradient_and_loss, function, case)))
         else:
