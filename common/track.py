@@ -13,13 +13,13 @@ def tracker(kind: str | None, name: str, flags: dict):
         elif kind:
             run = importlib.import_module(kind).init(project="reasoning", name=name, config=flags)
     except ImportError as error:
-        raise BadInput(f"--track {kind}: not installed, pip install {kind}") from error
+        raise BadInput(f"--track {kind}: not installed, pip install {kind} ({error})") from error
     def log(row: dict) -> None:
-        numbers = {key: x for key, x in row.items() if isinstance(x, (int, float))}
+        values = {k: x for k, x in row.items() if k != "step" and isinstance(x, (int, float))}
         if kind == "tensorboard":
-            for key, value in numbers.items():
+            for key, value in values.items():
                 run.add_scalar(key, value, row["step"])
             run.flush()
         else:
-            run.log(numbers, step=row["step"])
+            run.log(values, step=row["step"])
     return log if kind else None

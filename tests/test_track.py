@@ -8,7 +8,7 @@ from common.flags import BadInput
 from common.track import tracker
 
 ROW = {"step": 3, "reward": 0.5, "skipped": 0, "layer": None, "note": "text"}
-NUMBERS = {"step": 3, "reward": 0.5, "skipped": 0}
+NUMBERS = {"reward": 0.5, "skipped": 0}
 
 
 def test_none_is_no_tracker():
@@ -50,7 +50,7 @@ def test_tensorboard_writes_into_the_run(monkeypatch):
     library.SummaryWriter = SummaryWriter
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", library)
     tracker("tensorboard", "grpo", {"output": "runs/grpo"})(ROW)
-    assert calls == ["runs/grpo", ("step", 3, 3), ("reward", 0.5, 3), ("skipped", 0, 3), "flush"]
+    assert calls == ["runs/grpo", ("reward", 0.5, 3), ("skipped", 0, 3), "flush"]
 
 
 @pytest.mark.parametrize("kind, module", [
