@@ -42,7 +42,7 @@ def logprobs(logits, tokens, temperature):
 
 
 def trl_loss(logp, old_logp, advantages, mask, clip_low=0.2, clip_high=0.2, dual_clip=None,
-             denominator=None, loss_type="dapo", ref_logp=None, unbiased_kl=False):
+             denominator=None, loss_type="dapo", ref_logp=None, unbiased_kl=True):
     """GRPOTrainer._compute_loss; loss_type "dapo" is its default."""
     from trl import GRPOTrainer
     accelerator = SimpleNamespace(
@@ -87,14 +87,14 @@ def trl_loss_grpo(logp, old_logp, advantages, mask, clip_low=0.2, clip_high=0.2,
                     loss_type="grpo")
 
 
-def trl_kl(logp, ref_logp, unbiased=False):
-    """The KL term alone: beta 1 and no advantage."""
+def trl_kl(logp, ref_logp, unbiased=True):
+    """The KL term alone: beta 1 and no advantage. unbiased: use_bias_correction_kl, its default."""
     return trl_loss(logp, logp.detach(), torch.zeros(len(logp)), torch.ones_like(logp),
                     ref_logp=ref_logp, unbiased_kl=unbiased)
 
 
-def trl_kl_unbiased(logp, ref_logp):
-    return trl_kl(logp, ref_logp, unbiased=True)
+def trl_kl_uncorrected(logp, ref_logp):
+    return trl_kl(logp, ref_logp, unbiased=False)
 
 
 def trl_logprobs(logits, tokens, temperature):
