@@ -26,8 +26,10 @@ def kl3_ratio_loss(logp, old_logp, advantages, mask, denominator=None):
     return kl3_grpo.atr_grpo_loss(logp, old_logp, advantages, mask, 0.02, "ratio", denominator)
 
 
-def ppo_loss(logp, old_logp, advantages, mask, **options):
-    return ppo.ppo_loss(logp, old_logp, advantages[:, None], mask, **options)
+def ppo_loss(logp, old_logp, advantages, mask, clip_low=0.2, clip_high=0.2, denominator=None):
+    """ppo.py has an advantage per token."""
+    spread = advantages[:, None].expand_as(logp)                        # (B, T)
+    return ppo.ppo_loss(logp, old_logp, spread, mask, clip_low, clip_high, denominator)
 
 
 def kl_loss(logp, ref_logp):
