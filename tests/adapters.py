@@ -3,8 +3,8 @@
     python tests/conformance.py adapters:trl_loss --advantages adapters:trl_advantages
     python tests/conformance.py adapters:verl_loss --advantages adapters:verl_advantages
 
-TRL: pip install trl. verl: pip install verl; the three functions need no GPU. What is called is
-the library's own code, with a stand-in for its trainer or its configuration.
+TRL: pip install trl. verl: pip install verl, whose functions here need no GPU. What is called is
+the library's own code, with a stand-in for TRL's trainer.
 """
 import contextlib
 import io

@@ -179,6 +179,8 @@ def judge(name: str, expected: list, failure: str, compute) -> bool:
         got = [x if y is not ANY else ANY for x, y in zip(compute(), expected, strict=True)]
         passed = all(y is ANY or abs(x - y) < 1e-3 for x, y in zip(got, expected, strict=True))
         text = show(got)
+    except ImportError as error:
+        raise BadInput(f"not installed: {error}") from error
     except Exception as error:  # another's code may raise anything
         text = f"{type(error).__name__}: {error}".splitlines()[0][:80]
     verdict = "pass" if passed else f"FAIL: {failure}"

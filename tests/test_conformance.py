@@ -1,4 +1,6 @@
 """tests/conformance.py: our losses pass, and each kind of broken loss fails the cases it should."""
+import sys
+
 import conformance
 import pytest
 import torch
@@ -156,6 +158,15 @@ def test_the_other_callables(capsys, flag, function, names):
     """By two equally likely tokens: E k1 = E k3 = KL, E k2 is not; only k2's mean gradient is the
     KL's."""
     assert failed(capsys, "grpo:grpo_loss", flag, f"test_conformance:{function}") == names
+
+
+def test_a_library_that_is_not_installed_is_one_line(capsys, monkeypatch):
+    """None in sys.modules makes an import fail."""
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(SystemExit) as stopped:
+        conformance.main(["adapters:trl_loss"])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("error: not installed: ")
 
 
 @pytest.mark.parametrize("place", ["grpo", "no_such_module:f", "grpo:no_such_name", "grpo:REAL",
