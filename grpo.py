@@ -43,21 +43,26 @@ def reward(text: str, row: dict) -> float:
     return verify(text, row["answer"])
 
 
+def minus_group_mean(rewards):
+    """Exactly 0 where a group's rewards are all equal: no rounding is left. (P, G) -> (P, G)."""
+    varied = (rewards != rewards[:, :1]).any(1, keepdim=True)           # (P, 1)
+    return (rewards - rewards.mean(1, keepdim=True)) * varied
+
+
 def group_advantages(rewards, eps=1e-6):
     """GRPO: (reward - group mean) / (group std + eps), ddof 1. (P, G), G > 1 -> (P, G)."""
-    centred = rewards - rewards.mean(1, keepdim=True)
-    return centred / (rewards.std(1, keepdim=True) + eps)
+    return minus_group_mean(rewards) / (rewards.std(1, keepdim=True) + eps)
 
 
 def rloo_advantages(rewards):
     """RLOO (arXiv 2402.14740): reward - mean of the other answers' rewards. (P, G) -> (P, G)."""
     G = rewards.shape[1]
-    return (rewards - rewards.mean(1, keepdim=True)) * G / (G - 1)
+    return minus_group_mean(rewards) * G / (G - 1)
 
 
 def dr_grpo_advantages(rewards):
     """Dr. GRPO (arXiv 2503.20783): no std; goes with --aggregation constant. (P, G) -> (P, G)."""
-    return rewards - rewards.mean(1, keepdim=True)
+    return minus_group_mean(rewards)
 
 
 def reinforce_pp_advantages(rewards, lengths):

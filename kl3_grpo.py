@@ -44,10 +44,15 @@ def reward(text: str, row: dict) -> float:
     return verify(text, row["answer"])
 
 
+def minus_group_mean(rewards):
+    """Exactly 0 where a group's rewards are all equal: no rounding is left. (P, G) -> (P, G)."""
+    varied = (rewards != rewards[:, :1]).any(1, keepdim=True)           # (P, 1)
+    return (rewards - rewards.mean(1, keepdim=True)) * varied
+
+
 def group_advantages(rewards, eps=1e-6):
     """GRPO: (reward - group mean) / (group std + eps), ddof 1. (P, G), G > 1 -> (P, G)."""
-    centred = rewards - rewards.mean(1, keepdim=True)
-    return centred / (rewards.std(1, keepdim=True) + eps)
+    return minus_group_mean(rewards) / (rewards.std(1, keepdim=True) + eps)
 
 
 def kl3(log_ratio):

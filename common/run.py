@@ -148,7 +148,10 @@ class Run:
         if first == 0 and self.held_out and "avg_at_k_before" not in self.summary:
             self.measure("before")
         self.write("summary.json", self.summary)
-        self.track = tracker(self.args.track, self.name, vars(self.args)) if rank() == 0 else None
+        self.track = None
+        if rank() == 0:
+            flags = {**vars(self.args), "output": str(self.folder)}
+            self.track = tracker(self.args.track, self.name, flags)
         self.bar = tqdm(total=self.args.steps, initial=first, desc=self.name, unit="step",
                         dynamic_ncols=True, disable=rank() > 0)
         self.started = self.lap_started = time.perf_counter()
