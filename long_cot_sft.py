@@ -155,7 +155,7 @@ def ask_teacher(teacher, tokenizer, problems, system: str, seed: int, args) -> l
     found = []
     for i, row in enumerate(mine):
         group = range(i * args.samples, (i + 1) * args.samples)
-        ended = [rollout.texts[j] for j in group if rollout.finished[j]]
+        ended = [rollout.texts[j] for j in group if rollout.finished[j]]  # not those cut off
         right = [text for text in ended if reward(text, row) >= 1]
         kept = ended if args.keep == "all" else right
         found.append({"problem": row["problem"], "answer": row["answer"], "completions": kept,
@@ -296,10 +296,17 @@ def as_rollout(rows: list[dict], device) -> Rollout:
     tokens = pad_sequence(answers, batch_first=True).to(device)                     # (B, T)
     lengths = torch.tensor([len(answer) for answer in answers], device=device)      # (B,)
     place = torch.arange(tokens.shape[1], device=device)                            # (T,)
-    mask = (place < lengths[:, None]).float()                                       # (B, T)
+    mask = (place < lengths[:, None]).float()         # (B, T), 1.0 up to and on the stop token
     unknown = torch.zeros_like(mask)                                                # (B, T)
-    return Rollout([row["prompt"] for row in rows], tokens, lengths, mask, logp=unknown,
-                   entropy=unknown, finished=lengths > 0, texts=[""] * len(rows))
+    return Rollout(
+        prompts=[row["prompt"] for row in rows],
+        tokens=tokens,
+        lengths=lengths,
+        mask=mask,
+        logp=unknown,
+        entropy=unknown,
+        finished=lengths > 0,
+        texts=[""] * len(rows))
 
 
 def count_reflections(run, when: str, result: dict) -> None:
@@ -343,7 +350,8 @@ def main(argv=None):
         most = 160 if is_small(args.model) else 4096
         args.max_new_tokens = min(most, context_of(args.model) // 2)
     run = Run("long_cot_sft", args, reward)
-    model, lm = run.model, causal_lm(run.model)
+    model = run.model
+    lm = causal_lm(model)
     stops = use_stop_token(run.tokenizer, lm)
 
     # 1. Traces, of a file or of the teacher, whose memory goes before training.

@@ -288,7 +288,8 @@ def main(argv=None):
         all_rows = torch.arange(len(rollout.mask), device=model.device)                # (B,)
         run.lap("sampling")
 
-        # 2. Rate them. An answer that was cut off is wrong, here and in evaluation; it is trained.
+        # 2. Rate them. An answer that was cut off is wrong, here and in evaluation, and stays in
+        #    the loss.
         correct = []
         for i, text in enumerate(rollout.texts):
             row = problems[i // args.group_size]
