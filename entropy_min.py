@@ -18,8 +18,8 @@ Deviations from the paper, and why:
    logits one position late, so without the first token: --authors-mask.
 3. L is a mean over all tokens of an update and --steps counts updates; the code averages means of
    two answers, and its 10 steps are 0 to 10 updates, depending on the number of GPUs.
-4. Sampling has a temperature alone. The code adds top-k 50, top-p 0.95 and a repetition penalty of
-   1.15, which its authors call needed: --top-p, --repetition-penalty.
+4. Sampling has a temperature and --top-p. The code adds top-k 50 and a repetition penalty of 1.15,
+   which its authors call needed.
 5. The problem is drawn from --data; the paper takes the one of most varying correctness: --select.
 6. Accuracy is at temperature 1; the code's is greedy: common.evaluate --temperature 0.
 
@@ -74,7 +74,6 @@ class Args(Shared):
     max_new_tokens: int = flag(80, "longest answer in tokens; the paper: 2048, code: 512", low=1)
     temperature: float = flag(0.5, "divides the logits in sampling; the code: 0.5", above=0)
     top_p: float = flag(1.0, "probability kept in sampling; the code: 0.95", above=0, high=1)
-    repetition_penalty: float = flag(1.0, "on tokens seen before, in sampling; code: 1.15", low=1)
     loss_temperature: float = flag(0.5, "T in the loss; the code: 0.5, the paper: 1", above=0)
     authors_mask: bool = flag(False, "leave out each answer's first token, as the code does")
     lr: float = flag(3e-4, "AdamW, constant; 10 x with --lora-rank; the paper: 2e-5", above=0)
@@ -125,18 +124,18 @@ def main(argv=None):
         raise BadInput(f"--shots {args.shots}: must be 1 with --problem or --problem-file")
     run = Run("entropy_min", args, reward)
     model = run.model
-    on_card = model.device.type == "cuda"  # where a fused update needs no copies
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.01, fused=on_card)
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.01, foreach=False)
     if "problems" not in run.summary:  # a resumed run keeps its problems
         run.summary["problems"] = choose_problems(run)
     print("training on:", *run.summary["problems"], sep="\n  ")
-    prompts = run.encode([{"problem": problem} for problem in run.summary["problems"]])
+    problems = [{"problem": problem} for problem in run.summary["problems"]]
+    prompts = run.encode(problems)
     n = args.group_size // (len(prompts) * size())  # answers to a problem, of each process
 
     for step in range(run.begin(optimizer=optimizer), args.steps):
         # 1. Sample answers to the same problems in every step, without gradient.
         rollout = sample(model, run.tokenizer, prompts, n, args.max_new_tokens, args.temperature,
-                         args.top_p, args.repetition_penalty, seed=args.seed * 100_000 + step)
+                         args.top_p, seed=args.seed * 100_000 + step)
         run.lap("sampling")
 
         # 2. All their tokens count, stop tokens and those of cut-off answers included.
@@ -166,7 +165,7 @@ def main(argv=None):
         run.lap("training")
 
         # 4. Book-keeping.
-        run.log(step, rollout, None, parts, [grad_norm])
+        run.log(step, problems, rollout, None, parts, [grad_norm])
         run.save(step + 1)
     run.finish()
 

@@ -43,21 +43,26 @@ def reward(text: str, row: dict) -> float:
     return verify(text, row["answer"])
 
 
+def minus_group_mean(rewards):
+    """Exactly 0 where a group's rewards are all equal: no rounding is left. (P, G) -> (P, G)."""
+    varied = (rewards != rewards[:, :1]).any(1, keepdim=True)           # (P, 1)
+    return (rewards - rewards.mean(1, keepdim=True)) * varied
+
+
 def group_advantages(rewards, eps=1e-6):
     """GRPO: (reward - group mean) / (group std + eps), ddof 1. (P, G), G > 1 -> (P, G)."""
-    centred = rewards - rewards.mean(1, keepdim=True)
-    return centred / (rewards.std(1, keepdim=True) + eps)
+    return minus_group_mean(rewards) / (rewards.std(1, keepdim=True) + eps)
 
 
 def rloo_advantages(rewards):
     """RLOO (arXiv 2402.14740): reward - mean of the other answers' rewards. (P, G) -> (P, G)."""
     G = rewards.shape[1]
-    return (rewards - rewards.mean(1, keepdim=True)) * G / (G - 1)
+    return minus_group_mean(rewards) * G / (G - 1)
 
 
 def dr_grpo_advantages(rewards):
     """Dr. GRPO (arXiv 2503.20783): no std; goes with --aggregation constant. (P, G) -> (P, G)."""
-    return rewards - rewards.mean(1, keepdim=True)
+    return minus_group_mean(rewards)
 
 
 def reinforce_pp_advantages(rewards, lengths):
@@ -85,13 +90,10 @@ def grpo_loss(logp, old_logp, advantages, mask, clip_low=0.2, clip_high=0.2, dua
     ratio = (logp - old_logp).clamp(-20, 20).exp()                      # (B, T)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)                  # (B, T)
     surrogate = torch.minimum(ratio * A, clipped * A)                   # (B, T), eq. 9
-    too_high = (A > 0) & (ratio > 1 + clip_high)                        # (B, T)
-    too_low = (A < 0) & (ratio < 1 - clip_low)                          # (B, T)
-    cut = too_high | too_low
     if dual_clip is not None:
         bounded = torch.maximum(surrogate, dual_clip * A)               # (B, T)
         surrogate = torch.where(A < 0, bounded, surrogate)
-        cut = cut | ((A < 0) & (ratio > dual_clip))
+    cut = surrogate != ratio * A                                        # (B, T), no gradient
     loss = -(surrogate * mask / denominator).sum()
     return loss, {"clip_fraction": (cut * mask / denominator).sum().item()}
 
@@ -148,28 +150,20 @@ def main(argv=None):
     run = Run("grpo", args, reward_of)
     model = run.model
     reference = reference_model(args, model) if args.kl_coef else None
-    on_card = model.device.type == "cuda"  # where a fused update needs no copies
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.01, fused=on_card)
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.01, foreach=False)
 
     for step in range(run.begin(optimizer=optimizer), args.steps):
         # 1. Sample a group of answers to each problem.
         problems = share(batch_of(run.train, step, args.prompts_per_step, args.seed))  # P rows
         prompts = run.encode(problems)
-        rollout = sample(
-            model, run.tokenizer, prompts,
-            n=args.group_size,
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            seed=args.seed * 100_000 + step)                                           # B answers
+        rollout = sample(model, run.tokenizer, prompts, args.group_size, args.max_new_tokens,
+                         args.temperature, seed=args.seed * 100_000 + step)            # B answers
         run.lap("sampling")
 
         # 2. Reward them. An answer that was cut off is wrong, here and in evaluation.
-        rewards = []
-        for i, text in enumerate(rollout.texts):
-            row = problems[i // args.group_size]
-            rewards.append(float(reward_of(text, row)))
-        rewards = torch.tensor(rewards, device=model.device)                           # (B,)
-        rewards = rewards * rollout.finished
+        rewards = [float(reward_of(text, problems[i // args.group_size]))
+                   for i, text in enumerate(rollout.texts)]
+        rewards = torch.tensor(rewards, device=model.device) * rollout.finished        # (B,)
         rewards = rewards.view(-1, args.group_size)                                    # (P, G)
         run.lap("verifying")
 
@@ -190,9 +184,8 @@ def main(argv=None):
         useful = (advantages != 0) | (args.kl_coef > 0)                                # (B,)
         old_logp = None
         if args.updates_per_rollout > 1:
-            old_logp = old_logprobs(
-                model, rollout, all_rows[useful], args.micro_batch_tokens,
-                args.temperature)                                                      # (B, T)
+            old_logp = old_logprobs(model, rollout, all_rows[useful],
+                                    args.micro_batch_tokens, args.temperature)         # (B, T)
 
         # 5. Update: the gradients of all micro-batches add up to one step of the optimiser.
         parts = []
@@ -226,7 +219,7 @@ def main(argv=None):
         run.lap("training")
 
         # 6. Book-keeping.
-        run.log(step, rollout, rewards, parts, grad_norms)
+        run.log(step, problems, rollout, rewards, parts, grad_norms)
         run.save(step + 1)
     run.finish()
 

@@ -44,10 +44,15 @@ def reward(text: str, row: dict) -> float:
     return verify(text, row["answer"])
 
 
+def minus_group_mean(rewards):
+    """Exactly 0 where a group's rewards are all equal: no rounding is left. (P, G) -> (P, G)."""
+    varied = (rewards != rewards[:, :1]).any(1, keepdim=True)           # (P, 1)
+    return (rewards - rewards.mean(1, keepdim=True)) * varied
+
+
 def group_advantages(rewards, eps=1e-6):
     """GRPO: (reward - group mean) / (group std + eps), ddof 1. (P, G), G > 1 -> (P, G)."""
-    centred = rewards - rewards.mean(1, keepdim=True)
-    return centred / (rewards.std(1, keepdim=True) + eps)
+    return minus_group_mean(rewards) / (rewards.std(1, keepdim=True) + eps)
 
 
 def kl3(log_ratio):
@@ -109,9 +114,9 @@ def atr_grpo_loss(logp, old_logp, advantages, mask, delta=0.02, measure="kl3", d
     loss = -(surrogate * mask / denominator).sum()
     up = (A > 0) & (ratio > high)                                       # (B, T), cut upwards
     down = (A < 0) & (ratio < low)                                      # (B, T), cut downwards
-    divergence = kl3(log_ratio.detach())                                # (B, T)
-    values = {"clip_up": up, "clip_down": down, "kl3": divergence}
-    return loss, {k: (x * mask / denominator).sum().item() for k, x in values.items()}
+    clip_up = (up * mask / denominator).sum().item()
+    clip_down = (down * mask / denominator).sum().item()
+    return loss, {"clip_up": clip_up, "clip_down": clip_down}
 
 
 @dataclass
@@ -138,28 +143,20 @@ def main(argv=None):
     reward_of = load_reward(args.reward) if args.reward else reward
     run = Run("kl3_grpo", args, reward_of)
     model = run.model
-    on_card = model.device.type == "cuda"  # where a fused update needs no copies
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.01, fused=on_card)
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.01, foreach=False)
 
     for step in range(run.begin(optimizer=optimizer), args.steps):
         # 1. Sample a group of answers to each problem.
         problems = share(batch_of(run.train, step, args.prompts_per_step, args.seed))  # P rows
         prompts = run.encode(problems)
-        rollout = sample(
-            model, run.tokenizer, prompts,
-            n=args.group_size,
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            seed=args.seed * 100_000 + step)                                           # B answers
+        rollout = sample(model, run.tokenizer, prompts, args.group_size, args.max_new_tokens,
+                         args.temperature, seed=args.seed * 100_000 + step)            # B answers
         run.lap("sampling")
 
         # 2. Reward them. An answer that was cut off is wrong, here and in evaluation.
-        rewards = []
-        for i, text in enumerate(rollout.texts):
-            row = problems[i // args.group_size]
-            rewards.append(float(reward_of(text, row)))
-        rewards = torch.tensor(rewards, device=model.device)                           # (B,)
-        rewards = rewards * rollout.finished
+        rewards = [float(reward_of(text, problems[i // args.group_size]))
+                   for i, text in enumerate(rollout.texts)]
+        rewards = torch.tensor(rewards, device=model.device) * rollout.finished        # (B,)
         rewards = rewards.view(-1, args.group_size)                                    # (P, G)
         run.lap("verifying")
 
@@ -172,9 +169,8 @@ def main(argv=None):
         useful = advantages != 0                                                       # (B,)
         old_logp = None
         if args.updates_per_rollout > 1:
-            old_logp = old_logprobs(
-                model, rollout, all_rows[useful], args.micro_batch_tokens,
-                args.temperature)                                                      # (B, T)
+            old_logp = old_logprobs(model, rollout, all_rows[useful],
+                                    args.micro_batch_tokens, args.temperature)         # (B, T)
 
         # 5. Update: the gradients of all micro-batches add up to one step of the optimiser.
         parts = []
@@ -200,8 +196,15 @@ def main(argv=None):
             grad_norms.append(grad_norm)
         run.lap("training")
 
-        # 6. Book-keeping.
-        run.log(step, rollout, rewards, parts, grad_norms)
+        # 6. How far the updates have moved the policy: KL3 of all tokens of the rollout.
+        logp = old_logprobs(model, rollout, all_rows, args.micro_batch_tokens,
+                            args.temperature)                                          # (B, T)
+        divergence = kl3(logp - rollout.logp) * rollout.mask                           # (B, T)
+        moved = total(divergence.sum()) / total(rollout.mask.sum())
+        run.lap("measuring")
+
+        # 7. Book-keeping.
+        run.log(step, problems, rollout, rewards, parts, grad_norms, kl3=moved.item())
         run.save(step + 1)
     run.finish()
 

@@ -4,26 +4,25 @@ Paper: Demystifying Long Chain-of-Thought (arXiv 2502.03373), sections 3 to 5; p
 Run:   python long_cot_sft.py                        the embedded model learns to check itself
        python long_cot_sft.py --teacher-style short  the paper's rival: short chains
        python long_cot_sft.py --model Qwen/Qwen2.5-Math-7B --traces TRACES.jsonl
-See:   the share of answers kept and a histogram of their lengths. The loss falls, and the student
-       writes long chains unasked: more of its answers are right, "wait" appears in them.
-       <run>/traces.jsonl is what it learns from; python ppo.py --model runs/long_cot_sft goes on.
+See:   how many answers are right, and a histogram of the lengths of those that are kept. The loss
+       falls, and the student writes long chains unasked: more of its answers are right, "wait"
+       appears in them. <run>/traces.jsonl is what it learns from, and
+       python ppo.py --model runs/long_cot_sft goes on with it.
 
 Deviations from the paper, and why:
 1. The loss is a mean over all tokens of an update, so that micro-batches change nothing (authors:
    per answer first). Prompts are masked; the one stop token behind an answer is trained.
-2. The schedule is theirs, 3 % warm-up and a cosine to 10 %, at a higher rate for small models.
-3. The teacher shares the student's device. One that needs a server (theirs: QwQ-32B-Preview, short
+2. The teacher shares the student's device. One that needs a server (theirs: QwQ-32B-Preview, short
    chains Qwen2.5-Math-72B-Instruct) is sampled there, and its answers come by --traces.
-4. Repeated answers are kept once, those that were cut off never; a trace that is longer than the
-   context is dropped, not cut.
-5. Their counter of reflection words is not published; ours counts answers with the whole word.
+3. Repeated answers are kept once, those that were cut off never; a trace that is longer than the
+   context is dropped, not cut. In evaluation an answer that is cut off is wrong.
+4. Their counter of reflection words is not published; ours counts answers with the whole word.
 
 Axes: B traces, T answer tokens, V vocabulary; b a micro-batch's share of B.
 """
 import gc
 import json
 import math
-import pathlib
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -38,17 +37,22 @@ from common.data import batch_of, drop_long_prompts, encode_prompt, is_chat, is_
 from common.distributed import everyone, rank, share, size, total
 from common.flags import BOXED, BadInput, Shared, exit_on_bad_input, flag, parse_args
 from common.logprobs import micro_batches, response_logprobs
-from common.models import causal_lm, from_pretrained, is_small, load_model, load_tokenizer, stop_ids
-from common.run import Run
+from common.models import (
+    causal_lm,
+    end_of_turn,
+    from_pretrained,
+    is_small,
+    load_model,
+    load_tokenizer,
+    stop_ids,
+)
+from common.run import Run, write_whole
 from common.sampling import Rollout, sample
 from common.verify import verify
 
 WORDS = ("wait", "recheck", "alternatively", "retry", "however")
 TEMPERATURE = {"long": 1.0, "short": 0.7}
-SETTINGS = ("teacher", "teacher_style", "teacher_temperature", "teacher_top_p",
-            "teacher_max_new_tokens", "system", "samples", "keep", "seed")
-ROWS = 256     # answers that are drawn and written together: a kill loses no more
-PATIENCE = 64  # problems without an answer to keep before the teacher is given up
+ROWS = 256  # answers that are drawn and written together: a kill loses no more
 
 
 def reward(text: str, row: dict) -> float:
@@ -105,16 +109,19 @@ def load_traces(name: str) -> list[tuple]:
     Of messages the last is learnt, which must be the assistant's. BadInput if no row is usable.
     """
     rows = read_rows(name, "train", "--traces")
-    pairs, unusable = [], 0
+    pairs = []
+    unusable = 0
     for row in rows:
-        problem, answers = row.get("prompt"), [row.get("completion")]
+        problem = row.get("prompt")
+        answers = [row.get("completion")]
         if isinstance(row.get("completions"), list):
-            problem, answers = row.get("problem"), row["completions"]
+            problem = row.get("problem")
+            answers = row["completions"]
         elif is_chat(row.get("messages")):
-            *problem, last = row["messages"]
-            answers = [last["content"] if last["role"] == "assistant" else None]
+            problem = row["messages"][:-1]
+            answers = [row["messages"][-1:]]
         for answer in answers:
-            if is_chat(answer):
+            if is_chat(answer) and answer[-1]["role"] == "assistant":
                 answer = answer[-1]["content"]
             if is_text(answer) and (is_text(problem) or is_chat(problem)):
                 pairs.append((problem, answer))
@@ -127,58 +134,32 @@ def load_traces(name: str) -> list[tuple]:
     return pairs
 
 
-def read_sampled(path: pathlib.Path, problems: list[dict], settings: str, batch: int):
-    """-> rows, the bytes they take: all that is in a file, or whole batches if some are missing.
-
-    What is behind the last newline was cut short. BadInput for other problems or settings.
-    """
-    lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
-    ours = True
-    for line, row in zip(lines, problems, strict=False):
-        start = json.dumps({"settings": settings, "problem": row["problem"]}, ensure_ascii=False)
-        start = start.encode()[:-1]  # without the closing brace
-        ours = ours and line[:len(start)] == start[:len(line)]
-    whole = lines[:-1][:len(problems)]
-    try:
-        rows = [json.loads(line) for line in whole]
-    except ValueError:
-        ours = False
-    if not ours:
-        raise BadInput(f"{path}: not of these problems and flags (teacher, style, samples, seed, "
-                       "...); give another --traces-out, or learn from it by --traces")
-    count = len(rows)
-    if count < len(problems):
-        count -= count % batch
-    return rows[:count], sum(len(line) + 1 for line in whole[:count])
-
-
-def write_sampled(path: pathlib.Path, place: int, rows: list[dict]) -> int:
-    """Puts rows behind the first `place` bytes of a file -> where they end."""
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as file:
-        file.truncate(place)
-        file.seek(place)
-        file.write("".join(lines).encode())
-        return file.tell()
+def context_of(name: str) -> int:
+    """How many tokens a model takes, prompt and answer."""
+    config = from_pretrained(AutoConfig, name)
+    return config.get_text_config().max_position_embeddings
 
 
 def ask_teacher(teacher, tokenizer, problems, system: str, seed: int, args) -> list[dict]:
-    """-> what the teacher's answers to each problem come to, the same on every rank."""
-    padding = problems[-1:] * (-len(problems) % size())  # every rank needs one
+    """A row for each problem, with the answers worth keeping; the same on every rank."""
+    padding = problems[-1:] * (-len(problems) % size())  # every rank needs equally many
     mine = share(problems + padding)
     prompts = [encode_prompt(tokenizer, row["problem"], system) for row in mine]
-    rollout = sample(teacher, tokenizer, prompts, args.samples, args.teacher_max_new_tokens,
-                     args.teacher_temperature, args.teacher_top_p, seed=seed)
+    rollout = sample(
+        teacher, tokenizer, prompts,
+        n=args.samples,
+        max_new_tokens=args.teacher_max_new_tokens,
+        temperature=args.teacher_temperature,
+        top_p=args.teacher_top_p,
+        seed=seed)
     found = []
     for i, row in enumerate(mine):
         group = range(i * args.samples, (i + 1) * args.samples)
-        ended = [rollout.texts[j] for j in group if rollout.finished[j]]
+        ended = [rollout.texts[j] for j in group if rollout.finished[j]]  # not those cut off
         right = [text for text in ended if reward(text, row) >= 1]
         kept = ended if args.keep == "all" else right
-        found.append({"problem": row["problem"], "answer": row["answer"],
-                      "completions": list(dict.fromkeys(kept)),
-                      "sampled": args.samples, "ended": len(ended), "right": len(right)})
+        found.append({"problem": row["problem"], "answer": row["answer"], "completions": kept,
+                      "ended": len(ended), "right": len(right)})
     together = zip(*everyone(found), strict=True)
     answered = [row for of_ranks in together for row in of_ranks]
     return answered[:len(problems)]
@@ -186,87 +167,67 @@ def ask_teacher(teacher, tokenizer, problems, system: str, seed: int, args) -> l
 
 def sample_traces(run) -> list[tuple]:
     """Asks the teacher, or goes on where that was stopped -> (problem, answer) pairs. BadInput."""
-    # What to ask, and what has been answered.
     args = run.args
     system = args.system or BOXED
     if is_small(args.teacher):
         system = f"style: {args.teacher_style}"  # the embedded model knows both
     tokenizer = load_tokenizer(args.teacher)
-    config = from_pretrained(AutoConfig, args.teacher).get_text_config()
-    longest = config.max_position_embeddings - args.teacher_max_new_tokens
+    longest = context_of(args.teacher) - args.teacher_max_new_tokens
     if longest < 1:
         raise BadInput(f"--teacher-max-new-tokens {args.teacher_max_new_tokens}: the teacher's "
                        "context has no room for a prompt beside them")
     problems = run.train[:args.teacher_problems or None]
     problems = drop_long_prompts(tokenizer, problems, system, longest)
-    settings = " ".join(f"{name}={getattr(args, name)}" for name in SETTINGS)
+
+    # What a run that was stopped has left: the file is written whole after each batch.
+    rows = []
+    path = run.folder / "traces.jsonl"
+    if args.resume and path.exists():
+        rows = read_rows(str(path), "train", "--resume")
+    found = [row.get("problem") for row in rows]
+    if found != [row["problem"] for row in problems[:len(rows)]]:
+        raise BadInput(f"--resume {path}: not of these problems; give it as --traces to a new run")
+
+    # Ask, a batch of problems at a time.
     batch = max(1, ROWS // args.samples)
-    rows, place = [], 0
-    if args.traces_out or args.resume:
-        path = pathlib.Path(args.traces_out or run.folder / "traces.jsonl")
-        rows, place = read_sampled(path, problems, settings, batch)
     missing = range(len(rows), len(problems), batch)
     teacher = load_model(args, trained=False, name=args.teacher) if missing else None
     run.make_folder()  # all flags have been checked
-    path = pathlib.Path(args.traces_out or run.folder / "traces.jsonl")
-
-    # Ask.
-    bar = tqdm(desc="asking the teacher", unit=" tokens", disable=rank() > 0)
-
-    def count_tokens(module, inputs, output):  # each pass draws one for every unended answer
-        bar.update(len(output.logits))
-
-    if teacher is not None:
-        teacher.register_forward_hook(count_tokens)
+    path = run.folder / "traces.jsonl"
+    bar = tqdm(desc="asking the teacher", total=len(problems), initial=len(rows), unit="problem",
+               disable=rank() > 0)
     for first in missing:
-        if first >= PATIENCE and not any(row["completions"] for row in rows):
-            break
         asked = problems[first:first + batch]
         seed = args.seed * 100_000_000 + first * 1000
-        answered = ask_teacher(teacher, tokenizer, asked, system, seed, args)
-        answered = [{"settings": settings, **row} for row in answered]
+        rows += ask_teacher(teacher, tokenizer, asked, system, seed, args)
         if rank() == 0:
-            place = write_sampled(path, place, answered)
-        rows += answered
-        ended = sum(row["ended"] for row in rows)
-        bar.set_description_str(f"{ended} answers ended, {len(rows)} of {len(problems)} problems")
+            lines = [json.dumps(row) + "\n" for row in rows]
+            write_whole(path, "".join(lines))
+        bar.update(len(asked))
     bar.close()
 
-    # Count.
-    pairs = [(row["problem"], text) for row in rows for text in row["completions"]]
-    counts = {"problems": len(rows), "kept": len(pairs)}
-    for name in ("sampled", "ended", "right"):
-        counts[name] = sum(row[name] for row in rows)
-    run.summary["sampling"] = counts
-    kept_share = len(pairs) / counts["sampled"]
-    line = (f"{counts['sampled']} answers to {len(rows)} problems: {counts['ended']} ended, "
-            f"{counts['right']} right, {len(pairs)} kept ({kept_share:.1%})")
-    if not pairs:
-        raise BadInput(f"--teacher {args.teacher}: {line}; raise --teacher-max-new-tokens or "
-                       "--samples, ask for a \\boxed{} by --system, or take easier problems")
-    print(f"traces: {line}, each once")
-    return pairs
+    sampled = args.samples * len(rows)
+    ended = sum(row["ended"] for row in rows)
+    right = sum(row["right"] for row in rows)
+    print(f"traces: {sampled} answers to {len(rows)} problems: {ended} ended, {right} right "
+          f"({right / sampled:.1%})")
+    return [(row["problem"], text) for row in rows for text in row["completions"]]
 
 
-def use_stop_token(tokenizer, model) -> None:
-    """The token that ends an assistant's turn in the chat template becomes the eos token.
+def use_stop_token(tokenizer, lm) -> list[int]:
+    """What ends an assistant's turn in the chat template becomes the eos token -> all stop tokens.
 
     BadInput if there is neither.
     """
-    if tokenizer.chat_template is not None:
-        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}]
-        end = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("ANSWER")[2]
-        added = tokenizer.added_tokens_decoder
-        ids = tokenizer(end, add_special_tokens=False)["input_ids"]
-        ends = [added[i].content for i in ids if i in added and added[i].special]
-        if ends and ends[0] != tokenizer.eos_token:
-            print(f"note: {ends[0]} ends an answer, as in the chat template, and not the "
-                  f"tokenizer's eos token, {tokenizer.eos_token}")
-            tokenizer.eos_token = ends[0]
+    stop = end_of_turn(tokenizer)
+    if stop is not None:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(stop)
     if tokenizer.eos_token_id is None:
         raise BadInput("the tokenizer has no eos token, so answers would have no end: name one in "
                        "its tokenizer_config.json")
-    model.generation_config.eos_token_id = stop_ids(model, tokenizer)
+    stops = stop_ids(lm, tokenizer)
+    lm.generation_config.eos_token_id = stops
+    return stops
 
 
 def question(problem) -> str:
@@ -282,10 +243,15 @@ def encode_traces(tokenizer, pairs: list[tuple], context: int, stops: list[int],
     whole, with a count. BadInput if none is left, or if a think block would be opened twice.
     """
     avoided = {question(row["problem"]) for row in held_out}
-    rows, dropped = {}, Counter()
+    rows = {}
+    dropped = Counter()
     for problem, answer in pairs:
         key = json.dumps([problem, answer])
         prompt = encode_prompt(tokenizer, problem, system)
+        opened = tokenizer.decode(prompt).rstrip().endswith(("<think>", "</think>"))
+        if opened and answer.lstrip().startswith("<think>"):
+            raise BadInput("traces begin with <think>, which the chat template opens as well: "
+                           "take it out of them")
         response = tokenizer(answer.rstrip(), add_special_tokens=False)["input_ids"]
         while response and response[-1] in stops:
             response.pop()
@@ -298,24 +264,30 @@ def encode_traces(tokenizer, pairs: list[tuple], context: int, stops: list[int],
         elif len(prompt) + len(response) + 1 > context:
             dropped[f"longer than the context of {context} tokens"] += 1
         else:
-            rows[key] = {"prompt": prompt, "response": [*response, tokenizer.eos_token_id]}
-        if answer.lstrip().startswith("<think>"):
-            if tokenizer.decode(prompt).rstrip().endswith(("<think>", "</think>")):
-                raise BadInput("traces begin with <think>, which the chat template opens as well: "
-                               "take it out of them")
+            response.append(tokenizer.eos_token_id)
+            rows[key] = {"prompt": prompt, "response": response}
     counts = [f"{count} {reason}" for reason, count in dropped.items()]
     print(f"traces: {len(rows)} to train on; dropped: {', '.join(counts) or 'none'}")
     if not rows:
         raise BadInput(f"none of the {len(pairs)} traces is left to train on: see the counts above")
-    rows = list(rows.values())
-    prompt, response = rows[0]["prompt"], rows[0]["response"]
-    text = tokenizer.decode(response)
+    return list(rows.values())
+
+
+def describe(tokenizer, rows: list[dict], stops: list[int]) -> dict:
+    """Prints the first pair, special tokens and all, and the lengths -> what the summary keeps."""
+    first = rows[0]
+    text = tokenizer.decode(first["response"])
     if len(text) > 1000:
         text = f"{text[:600]} ... {text[-400:]}"
-    print(f"first pair: {tokenizer.decode(prompt)!r} -> {text!r}")
-    if prompt[-1] in stops:
+    print(f"first pair: {tokenizer.decode(first['prompt'])!r} -> {text!r}")
+    if first["prompt"][-1] in stops:
         print("note: the prompt ends with a stop token, behind which models do not go on")
-    return rows
+    lengths = [len(row["response"]) for row in rows]
+    counts = histogram(lengths)
+    print(f"        {sum(lengths)} tokens, {sum(lengths) / len(rows):.0f} per trace; lengths:")
+    for span, count in counts.items():
+        print(f"        {span:>13} {count:7} {'#' * math.ceil(50 * count / len(rows))}")
+    return {"traces": len(rows), "tokens": sum(lengths), "histogram": counts}
 
 
 def as_rollout(rows: list[dict], device) -> Rollout:
@@ -324,10 +296,17 @@ def as_rollout(rows: list[dict], device) -> Rollout:
     tokens = pad_sequence(answers, batch_first=True).to(device)                     # (B, T)
     lengths = torch.tensor([len(answer) for answer in answers], device=device)      # (B,)
     place = torch.arange(tokens.shape[1], device=device)                            # (T,)
-    mask = (place < lengths[:, None]).float()                                       # (B, T)
+    mask = (place < lengths[:, None]).float()         # (B, T), 1.0 up to and on the stop token
     unknown = torch.zeros_like(mask)                                                # (B, T)
-    return Rollout([row["prompt"] for row in rows], tokens, lengths, mask, logp=unknown,
-                   entropy=unknown, finished=lengths > 0, texts=[""] * len(rows))
+    return Rollout(
+        prompts=[row["prompt"] for row in rows],
+        tokens=tokens,
+        lengths=lengths,
+        mask=mask,
+        logp=unknown,
+        entropy=unknown,
+        finished=lengths > 0,
+        texts=[""] * len(rows))
 
 
 def count_reflections(run, when: str, result: dict) -> None:
@@ -341,8 +320,6 @@ def count_reflections(run, when: str, result: dict) -> None:
 @dataclass
 class Args(Shared):
     traces: str = flag(None, "learn from this file or hub set and ask no teacher")
-    traces_out: str = flag(None, "where sampled traces go, and are gone on with; default: "
-                           "traces.jsonl in the run")
     teacher: str = flag("tiny", "model that answers; the paper: QwQ-32B-Preview")
     teacher_style: str = flag("long", "long or short chains", choices=("long", "short"))
     teacher_temperature: float = flag(None, "1.0 for long, 0.7 for short chains, as in the paper",
@@ -356,11 +333,12 @@ class Args(Shared):
     epochs: int = flag(2, "passes over the traces; the paper: 2", low=1)
     batch_size: int = flag(32, "traces per update; the paper: 256", low=1)
     lr: float = flag(1e-3, "AdamW, peak; ten times that with --lora-rank; the paper: 5e-6", above=0)
-    max_new_tokens: int = flag(160, "longest answer in evaluation; the paper: 16384", low=1)
+    max_new_tokens: int = flag(None, "longest answer in evaluation, default: 160, of larger models "
+                               "4096 or half the context; the paper: 16384", low=1, kind=int)
 
 
 REAL = {"teacher_max_new_tokens": 8192, "teacher_problems": 0, "samples": 32, "batch_size": 256,
-        "lr": 5e-6, "max_new_tokens": 4096}
+        "lr": 5e-6}
 
 
 @exit_on_bad_input
@@ -368,21 +346,20 @@ def main(argv=None):
     args = parse_args(Args, REAL, __doc__, argv)
     if args.teacher_temperature is None:
         args.teacher_temperature = TEMPERATURE[args.teacher_style]
+    if args.max_new_tokens is None:
+        most = 160 if is_small(args.model) else 4096
+        args.max_new_tokens = min(most, context_of(args.model) // 2)
     run = Run("long_cot_sft", args, reward)
-    model, lm = run.model, causal_lm(run.model)
-    use_stop_token(run.tokenizer, lm)
+    model = run.model
+    lm = causal_lm(model)
+    stops = use_stop_token(run.tokenizer, lm)
 
     # 1. Traces, of a file or of the teacher, whose memory goes before training.
     pairs = load_traces(args.traces) if args.traces else sample_traces(run)
     gc.collect()
-    torch.cuda.empty_cache()
-    rows = encode_traces(run.tokenizer, pairs, lm.config.max_position_embeddings,
-                         stop_ids(lm, run.tokenizer), args.system, run.held_out)
-    lengths = [len(row["response"]) for row in rows]
-    about = {"traces": len(rows), "tokens": sum(lengths), "histogram": histogram(lengths)}
-    print(f"        {sum(lengths)} tokens, {sum(lengths) / len(rows):.0f} per trace; lengths:")
-    for span, count in about["histogram"].items():
-        print(f"        {span:>13} {count:7} {'#' * math.ceil(50 * count / len(rows))}")
+    rows = encode_traces(run.tokenizer, pairs, lm.config.max_position_embeddings, stops,
+                         args.system, run.held_out)
+    about = describe(run.tokenizer, rows, stops)
     if run.summary.setdefault("traces", about) != about:
         raise BadInput(f"--resume {run.folder}: its traces have changed since")
 
@@ -391,9 +368,8 @@ def main(argv=None):
     args.steps = math.ceil(visits / args.batch_size)
     if run.held_out and "reflection_before" not in run.summary:
         count_reflections(run, "before", run.measure("before"))
-    on_card = model.device.type == "cuda"  # where a fused update needs no copies
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95),
-                                  weight_decay=0.0, fused=on_card)
+                                  weight_decay=0.0, foreach=False)
     nothing = {"prompt": rows[0]["prompt"], "response": []}
 
     for step in range(run.begin(optimizer=optimizer), args.steps):

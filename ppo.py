@@ -12,24 +12,22 @@ penalty on every token of a repeated N-gram. A token's advantage is the sum of w
 V(s_t), what the critic expected before it was drawn.
 
 Deviations from the paper, and why:
-1. An answer that was cut off at --max-new-tokens is wrong: its reward is 0 before length shapes it,
-   its tokens stay in the loss. Too long is within --margin tokens of the limit, as in the authors'
-   code (paper: at the limit).
+1. An answer that was cut off at --max-new-tokens is wrong: its reward is 0 before length shapes it.
+   Too long is within --margin tokens of the limit, as in the authors' code (paper: at it).
 2. A reward between 0 and 1 is interpolated between the curves of right and wrong answers, so that
    0.5 stays half (authors' code: below 1 is wrong).
 3. The critic's head starts at 0 and adds the first rollout's mean return (authors: random). It then
    explains 0.11 of the variance after four rollouts of the embedded model, without it 0.001.
 4. Four updates per rollout, each on its share of the problems (authors: 512 shuffled answers each),
    with AdamW at a constant rate (authors: warm-up, then a cosine to 10 %).
-5. N is 12 for the embedded model (paper: 40), whose tokens are characters, and its values move by
-   up to 2 per rollout (paper: 0.2), as its few rollouts have to cover rewards from -10 to 2.
+5. For the embedded model, whose tokens are characters, N is 12 (paper: 40); its values move by up
+   to 2 per rollout (paper: 0.2), as its few rollouts cover rewards from -10 to 2.
 6. The KL is split over both rewards and not clipped with them, as in the authors' code.
 
 Axes: B answers, P problems, G answers per problem, T answer tokens, M rewards, N answer tokens in
-a row, D width, V vocabulary; b a micro-batch's share of B.
+a row, D width; b a micro-batch's share of B.
 """
 import math
-import statistics
 from dataclasses import dataclass
 
 import torch
@@ -43,10 +41,10 @@ from common.logprobs import (
     largest_gap,
     micro_batches,
     old_logprobs,
+    response_logprobs,
     states_before_answers,
-    token_logprobs,
 )
-from common.models import autocast, causal_lm, compute_dtype, load_model, reference_model
+from common.models import autocast, causal_lm, load_model, reference_model
 from common.run import Run
 from common.sampling import sample
 from common.verify import verify
@@ -79,9 +77,12 @@ def cosine_reward(correct, length, max_length, correct_range=(2.0, 1.0), wrong_r
         raise ValueError(f"a wrong answer must not be rewarded: {wrong_range=}")
     if exceed is not None and length + margin >= max_length:
         return exceed
-    weight = (1 + math.cos(math.pi * min(length / max_length, 1.0))) / 2        # 1 to 0
-    right = correct_range[1] + weight * (correct_range[0] - correct_range[1])   # CosFn(L)
-    wrong = wrong_range[1] + weight * (wrong_range[0] - wrong_range[1])
+    share_of_limit = min(length / max_length, 1.0)
+    weight = (1 + math.cos(math.pi * share_of_limit)) / 2                       # 1 to 0
+    start, end = correct_range
+    right = end + weight * (start - end)                                        # CosFn(L)
+    start, end = wrong_range
+    wrong = end + weight * (start - end)
     return correct * right + (1 - correct) * wrong
 
 
@@ -112,7 +113,8 @@ def token_rewards(args, rollout, correct):
         outcome[i, length - 1] = cosine_reward(
             correct[i], length, args.max_new_tokens, *ranges, args.margin)
         token_ids = rollout.tokens[i, :length].tolist()
-        repeated[i, :length] = torch.tensor(repetition_penalty(token_ids, args.ngram, 1.0))
+        marks = repetition_penalty(token_ids, args.ngram, 1.0)
+        repeated[i, :length] = torch.tensor(marks)
     return outcome, repeated
 
 
@@ -121,7 +123,8 @@ def discounted_returns(rewards, gammas, mask):
     returns = torch.zeros_like(rewards)                                 # (M, B, T)
     following = torch.zeros_like(rewards[..., 0])                       # (M, B)
     for t in reversed(range(rewards.shape[-1])):
-        following = (rewards[..., t] + gammas[:, None] * following) * mask[:, t]
+        following = rewards[..., t] + gammas[:, None] * following
+        following = following * mask[:, t]
         returns[..., t] = following
     return returns.sum(0)
 
@@ -131,7 +134,8 @@ def gae(rewards, values, mask, gamma=1.0, lam=1.0):
 
         A_t = delta_t + gamma lam A_{t+1},   delta_t = r_t + gamma V(s_{t+1}) - V(s_t)
 
-    -> advantages A, returns A + V; 0 where mask is 0.
+    -> advantages A, returns A + V; 0 where mask is 0. For lam 1 these are the discounted returns
+    less V, and the returns, which main() computes directly for two discounts.
     """
     values = values * mask                                              # (B, T)
     next_values = nn.functional.pad(values, (0, 1))[:, 1:]              # (B, T), 0 after the end
@@ -145,32 +149,34 @@ def mean_and_variance(x, mask):
     """Over the tokens in mask, of all ranks; the population's. (B, T) x2 -> two scalars."""
     count = total(mask.sum()).clamp(min=1)
     mean = total((x * mask).sum()) / count
-    return mean, total(((x - mean).square() * mask).sum()) / count
+    squares = (x - mean).square() * mask                                # (B, T)
+    return mean, total(squares.sum()) / count
 
 
 def whiten(advantages, mask):
     """Mean 0 and variance 1 over the tokens in mask, of all ranks. (B, T) x2 -> (B, T)."""
     mean, variance = mean_and_variance(advantages, mask)
-    return (advantages - mean) * torch.rsqrt(variance.clamp(min=1e-8)) * mask
+    scale = torch.rsqrt(variance.clamp(min=1e-8))
+    return (advantages - mean) * scale * mask
 
 
 def explained_variance(values, returns, mask) -> float:
     """1 - Var(returns - values) / Var(returns); 0 if all returns are equal. (B, T) x3."""
     _, left = mean_and_variance(returns - values, mask)
     _, whole = mean_and_variance(returns, mask)
-    return 1 - (left / whole).item() if whole > 0 else 0.0
+    if whole == 0:
+        return 0.0
+    return 1 - (left / whole).item()
 
 
-def ppo_loss(logp, old_logp, advantages, mask, clip_low=0.2, clip_high=0.2, dual_clip=None,
-             denominator=None):
+def ppo_loss(logp, old_logp, advantages, mask, clip_low=0.2, clip_high=0.2, denominator=None):
     """The clipped surrogate (PPO, eq. 7), negated. (B, T) x4 -> (scalar, metrics).
 
         -mean over tokens of min(r A, clip(r, 1 - clip_low, 1 + clip_high) A),  r = p / p_old
 
     Log-probs in nats. denominator: what the sum over tokens is divided by, a number or (B, 1);
     default: the tokens in mask. Count it over the whole update when that is split into
-    micro-batches. dual_clip c > 1 bounds the loss of a bad token by c |A|.
-    clip_fraction: the share of tokens that get no gradient because of a clip.
+    micro-batches. clip_fraction: the share of tokens that get no gradient because of the clip.
     """
     if denominator is None:
         denominator = mask.sum().clamp(min=1)
@@ -178,12 +184,10 @@ def ppo_loss(logp, old_logp, advantages, mask, clip_low=0.2, clip_high=0.2, dual
     ratio = (logp - old_logp).clamp(-20, 20).exp()                      # (B, T)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)                  # (B, T)
     surrogate = torch.minimum(ratio * A, clipped * A)                   # (B, T), eq. 7
-    if dual_clip is not None:
-        bounded = torch.maximum(surrogate, dual_clip * A)               # (B, T)
-        surrogate = torch.where(A < 0, bounded, surrogate)
     cut = surrogate != ratio * A                                        # (B, T), no gradient
     loss = -(surrogate * mask / denominator).sum()
-    return loss, {"clip_fraction": (cut * mask / denominator).sum().item()}
+    clip_fraction = (cut * mask / denominator).sum()
+    return loss, {"clip_fraction": clip_fraction.item()}
 
 
 def value_loss(values, old_values, returns, mask, clip=0.2, denominator=None):
@@ -200,51 +204,30 @@ def value_loss(values, old_values, returns, mask, clip=0.2, denominator=None):
     return 0.5 * (larger * mask / denominator).sum()
 
 
-class Critic(nn.Module):
-    """V(s) = w . state + b + offset in float32; the state is that of a trunk of its own or, if
-    there is none, the policy's."""
-
-    def __init__(self, width: int, trunk=None):
-        super().__init__()
-        self.trunk = trunk
-        self.head = nn.Linear(width, 1, dtype=torch.float32)
-        self.register_buffer("offset", torch.zeros(()))
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
-
-    def forward(self, states):
-        """(N, D) -> (N,)"""
-        return self.head(states.float())[:, 0] + self.offset
-
-
-def build_critic(args, model) -> Critic:
-    """--critic copy: the trunk is --model's, loaded once more; shared: there is none."""
-    lm = causal_lm(model)
-    trunk = None
-    if args.critic == "copy":
-        trunk = causal_lm(load_model(args, split=False)).model.train()
-        if size() > 1:
-            shard(trunk, trunk.layers, lm.device, compute_dtype(model))
-    critic = Critic(lm.config.hidden_size, trunk)
+def build_critic(args, device):
+    """--model once more, with a head V(s) = w . state + b + offset in place of the unembedding."""
+    critic = load_model(args, split=False).train()
+    lm = causal_lm(critic)
+    lm.lm_head = nn.Linear(lm.config.hidden_size, 1)  # float32
+    nn.init.zeros_(lm.lm_head.weight)
+    nn.init.zeros_(lm.lm_head.bias)
+    lm.register_buffer("offset", torch.zeros(()))
     if size() > 1:
-        shard(critic.head, (), lm.device, torch.float32)
-    return critic.to(lm.device)
+        shard(lm.model, lm.model.layers, device, lm.compute_dtype)
+        shard(lm.lm_head, (), device, torch.float32)
+    return critic.to(device)
 
 
-def logp_and_values(model, critic, rollout, temperature=1.0):
-    """Log-probs of a rollout's tokens, nats, and V of the state before each. -> (B, T), (B, T)."""
+def token_values(critic, rollout):
+    """V of the state before each answer token, 0 outside the answers. -> (B, T), float32."""
+    lm = causal_lm(critic)
+    with autocast(critic):
+        states = states_before_answers(critic, rollout)                 # (N, D)
+    values = lm.lm_head(states.float())                                 # (N, 1)
+    values = values[:, 0] + lm.offset                                   # (N,)
     inside = rollout.mask.bool()                                        # (B, T), N True
-    with autocast(model):
-        states = states_before_answers(model, rollout)                  # (N, D)
-        weight = causal_lm(model).lm_head.weight                        # (V, D)
-        logp, _ = token_logprobs(states, weight, rollout.tokens[inside], temperature)  # (N,)
-        if critic.trunk is not None:
-            states = states_before_answers(model, rollout, critic.trunk)
-    values = critic(states)                                             # (N,)
     zeros = torch.zeros_like(rollout.mask)                              # (B, T)
-    logp = zeros.masked_scatter(inside, logp)
-    values = zeros.masked_scatter(inside, values)
-    return logp, values
+    return zeros.masked_scatter(inside, values)
 
 
 @dataclass
@@ -259,11 +242,8 @@ class Args(Shared):
     updates_per_rollout: int = flag(4, "each on its share of the prompts; the paper: 4-16", low=1)
     clip_low: float = flag(0.2, "bad tokens below ratio 1 - this get no gradient", low=0, high=1)
     clip_high: float = flag(0.2, "good ones above 1 + this get none", low=0)
-    dual_clip: float = flag(None, "bad ones above this get none; BuPO: 10", above=1, kind=float)
     kl_coef: float = flag(0.01, "reward a nat of KL to the initial model costs", low=0)
-    critic: str = flag("copy", "reads a model of its own, or the policy's states, which it trains",
-                       choices=("copy", "shared"))
-    critic_lr: float = flag(1e-3, "of all that only the critic has; the paper: 9e-6", above=0)
+    critic_lr: float = flag(1e-3, "of the critic, trunk and head; the paper: 9e-6", above=0)
     value_clip: float = flag(2.0, "how far a value moves per rollout; the paper: 0.2", above=0)
     length_reward: str = flag("cosine", "§4.2; A, B, C: §4.3; none: the reward as it is",
                               choices=tuple(LENGTH_REWARDS))
@@ -272,11 +252,10 @@ class Args(Shared):
     ngram: int = flag(12, "N; the paper: 40", low=1)
     gamma: float = flag(1.0, "discount per token of the reward for the answer", low=0, high=1)
     penalty_gamma: float = flag(0.99, "of the penalty; the paper: 0.99", low=0, high=1)
-    lam: float = flag(1.0, "lambda of GAE; below 1 all rewards have --gamma", low=0, high=1)
 
 
-REAL = {"steps": 112, "prompts_per_step": 128, "group_size": 8, "max_new_tokens": 2048, "lr": 5e-7,
-        "critic_lr": 9e-6, "value_clip": 0.2, "margin": 16, "ngram": 40}
+REAL = {"steps": 112, "prompts_per_step": 128, "group_size": 8, "max_new_tokens": 2048,
+        "lr": 5e-7, "critic_lr": 9e-6, "value_clip": 0.2, "margin": 16, "ngram": 40}
 
 
 @exit_on_bad_input
@@ -286,15 +265,16 @@ def main(argv=None):
     run = Run("ppo", args, reward_of)
     model = run.model
     reference = reference_model(args, model) if args.kl_coef else None
-    critic = build_critic(args, model)
-    value_coef = 1.0 if args.critic == "copy" else 0.01  # 1 ruins the policy it shares a trunk with
+    critic = build_critic(args, model.device)
+    budget = args.micro_batch_tokens
     penalty_gamma = args.penalty_gamma if args.penalty else args.gamma
     gammas = torch.tensor([args.gamma, penalty_gamma], device=model.device)            # (M,)
-    on_card = model.device.type == "cuda"  # where a fused update needs no copies
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, fused=on_card)
-    critic_optimizer = torch.optim.AdamW(critic.parameters(), args.critic_lr, fused=on_card)
+    weights = [
+        {"params": model.parameters(), "lr": args.lr},
+        {"params": critic.parameters(), "lr": args.critic_lr}]
+    optimizer = torch.optim.AdamW(weights, weight_decay=0.01, foreach=False)
 
-    first = run.begin(optimizer=optimizer, critic=critic, critic_optimizer=critic_optimizer)
+    first = run.begin(optimizer=optimizer, critic=critic)
     for step in range(first, args.steps):
         # 1. Sample a group of answers to each problem.
         problems = share(batch_of(run.train, step, args.prompts_per_step, args.seed))  # P rows
@@ -308,7 +288,8 @@ def main(argv=None):
         all_rows = torch.arange(len(rollout.mask), device=model.device)                # (B,)
         run.lap("sampling")
 
-        # 2. Rate them. An answer that was cut off is wrong, here and in evaluation.
+        # 2. Rate them. An answer that was cut off is wrong, here and in evaluation, and stays in
+        #    the loss.
         correct = []
         for i, text in enumerate(rollout.texts):
             row = problems[i // args.group_size]
@@ -317,87 +298,82 @@ def main(argv=None):
         correct = correct * rollout.finished
 
         # 3. Tokens get rewards: the last one the answer's, shaped by length, repeated ones another.
+        mask = rollout.mask                          # (B, T), by length, cut off or not
         outcome, repeated = token_rewards(args, rollout, correct.tolist())             # (B, T) x2
-        rewards = torch.stack([outcome, args.penalty * repeated]).clamp(-10, 10)       # (M, B, T)
+        rewards = torch.stack([outcome, args.penalty * repeated])                      # (M, B, T)
+        rewards = rewards.clamp(-10, 10)
         exceeded = rollout.lengths + args.margin >= args.max_new_tokens                # (B,)
-        mask = rollout.mask                                                            # (B, T)
         num_answers = total(len(mask))
         metrics = {}
         metrics["score"] = total(rewards.sum().item()) / num_answers
         metrics["exceeded"] = total(exceeded.sum().item()) / num_answers
-        metrics["repeated"] = mean_and_variance(repeated, mask)[0].item()
-        if step == 0:  # else the trunk's first updates all go into this one number
+        share_repeated, _ = mean_and_variance(repeated, mask)
+        metrics["repeated"] = share_repeated.item()
+        if step == 0:  # else the critic's first updates all go into this one number
             returns = discounted_returns(rewards, gammas, mask)                        # (B, T)
-            critic.offset.copy_(mean_and_variance(returns, mask)[0])
+            mean, _ = mean_and_variance(returns, mask)
+            causal_lm(critic).offset.copy_(mean)
         run.lap("verifying")
 
-        # 4. What policy and critic say before the update; the KL (k1) is a reward of each token.
-        old_logp = torch.zeros_like(mask)                                              # (B, T)
+        # 4. What policy and critic say before the update. The KL (k1) to the initial model is a
+        #    negative reward of each token, an equal part of it in each of the M rewards.
+        old_logp = old_logprobs(
+            model, rollout, all_rows, budget, args.temperature)                        # (B, T)
         old_values = torch.zeros_like(mask)                                            # (B, T)
         with torch.no_grad():
-            for part in micro_batches(rollout, all_rows, args.micro_batch_tokens):
-                old_logp[part], old_values[part] = logp_and_values(
-                    model, critic, rollout[part], args.temperature)
+            for part in micro_batches(rollout, all_rows, budget):
+                old_values[part] = token_values(critic, rollout[part])
         if reference is not None:
             with reference() as initial:
                 ref_logp = old_logprobs(
-                    initial, rollout, all_rows, args.micro_batch_tokens,
-                    args.temperature)                                                  # (B, T)
+                    initial, rollout, all_rows, budget, args.temperature)              # (B, T)
             log_ratio = old_logp - ref_logp                                            # (B, T)
-            rewards = rewards - args.kl_coef * log_ratio / len(rewards)                # (M, B, T)
+            cost = args.kl_coef * log_ratio / len(rewards)                             # (B, T)
+            rewards = rewards - cost                                                   # (M, B, T)
             metrics["kl"] = total(log_ratio.sum().item()) / num_answers
 
         # 5. Returns and advantages, §4.6.
-        if args.lam < 1:
-            advantages, returns = gae(rewards.sum(0), old_values, mask, args.gamma, args.lam)
-        else:
-            returns = discounted_returns(rewards, gammas, mask)                        # (B, T)
-            advantages = (returns - old_values) * mask                                 # (B, T)
-        metrics["explained_variance"] = explained_variance(old_values, returns, mask)
+        returns = discounted_returns(rewards, gammas, mask)                            # (B, T)
+        advantages = (returns - old_values) * mask                                     # (B, T)
         advantages = whiten(advantages, mask)                                          # (B, T)
+        metrics["explained_variance"] = explained_variance(old_values, returns, mask)
 
-        # 6. Update: the gradients of all micro-batches add up to one step of the optimisers. Means
+        # 6. Update: the gradients of all micro-batches add up to one step of the optimiser. Means
         #    are per answer first, then over the answers of the update.
         parts = []
         grad_norms = []
-        critic_norms = []
         for rows in all_rows.chunk(args.updates_per_rollout):
-            for part in micro_batches(rollout, rows, args.micro_batch_tokens):
+            num_rows = total(len(rows))
+            for part in micro_batches(rollout, rows, budget):
                 batch = rollout[part]                                                  # b answers
-                old = old_logp[part]                                                   # (b, T)
-                before = old_values[part]                                              # (b, T)
-                logp, values = logp_and_values(model, critic, batch, args.temperature)  # (b, T)
-                divisor = total(len(rows)) * batch.lengths[:, None]                    # (b, 1)
+                divisor = num_rows * batch.lengths[:, None]                            # (b, 1)
+                logp = response_logprobs(model, batch, args.temperature)               # (b, T)
                 loss, found = ppo_loss(
-                    logp, old, advantages[part], batch.mask,
-                    args.clip_low, args.clip_high, args.dual_clip, divisor)
+                    logp, old_logp[part], advantages[part], batch.mask,
+                    args.clip_low, args.clip_high, divisor)
+                loss.backward()
+                values = token_values(critic, batch)                            # (b, T)
                 error = value_loss(
-                    values, before, returns[part], batch.mask,
+                    values, old_values[part], returns[part], batch.mask,
                     args.value_clip, divisor)
-                (loss + value_coef * error).backward()
-                moved = (values - before).abs() > args.value_clip                      # (b, T)
-                moved = moved * batch.mask / divisor
+                error.backward()
                 found["loss"] = loss.item()
                 found["value_loss"] = error.item()
-                found["value_clip_fraction"] = moved.sum().item()
-                found["gap_max"] = largest_gap(old, batch)
+                found["gap_max"] = largest_gap(old_logp[part], batch)
                 parts.append(found)
             grad_norm = clip_grad_norm_(model.parameters(), 1.0).item()
             critic_norm = clip_grad_norm_(critic.parameters(), 1.0).item()
             if math.isfinite(grad_norm + critic_norm):
                 optimizer.step()
-                critic_optimizer.step()
             else:
                 grad_norm = math.nan  # counted as skipped
             optimizer.zero_grad()
-            critic_optimizer.zero_grad()
             grad_norms.append(grad_norm)
-            critic_norms.append(critic_norm)
         run.lap("training")
 
         # 7. Book-keeping.
-        metrics["critic_grad_norm"] = statistics.fmean(critic_norms)
-        run.log(step, rollout, correct[None], parts, grad_norms, **metrics)
+        as_one_group = correct[None]                                                   # (1, B)
+        run.log(step, problems, rollout, as_one_group, parts, grad_norms, **metrics)
         run.save(step + 1)
     run.finish()
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
-from analysis.plot import DASHES, pyplot
+from analysis.plot import COLOURS, DASHES, pyplot
 from common.data import drop_long_prompts, encode_prompt, load_problems
 from common.distributed import rank
 from common.flags import BOXED, BadInput, Parser, exit_on_bad_input, flag, parse_args
@@ -193,6 +193,7 @@ def panels(view: dict) -> dict[str, dict[str, torch.Tensor]]:
 def draw(views: dict[str, dict], folder: pathlib.Path) -> None:
     """flow.png, changes.png and cosines.png: all models in each, told apart by colour and line."""
     plt = pyplot()
+    colours = list(COLOURS.values())
     found = {name: panels(view) for name, view in views.items()}
     for figure_name, titles in next(iter(found.values())).items():
         columns = len(titles) // 2
@@ -201,7 +202,7 @@ def draw(views: dict[str, dict], folder: pathlib.Path) -> None:
         for axis, title in zip(axes.flat, titles, strict=True):
             for number, (name, figures) in enumerate(found.items()):
                 values = figures[figure_name][title].tolist()
-                look = {"color": f"C{number % 10}", "linestyle": DASHES[number % 4]}
+                look = {"color": colours[number % 6], "linestyle": DASHES[number % 4]}
                 blocks = range(1, len(values) + 1)
                 axis.plot(blocks, values, marker="o", label=name, **look)
             axis.set_title(title, fontsize=13)

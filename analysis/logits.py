@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from analysis.internal import several_models
-from analysis.plot import DASHES, pyplot
+from analysis.plot import COLOURS, DASHES, pyplot
 from common.data import drop_long_prompts, encode_prompt, load_problems
 from common.distributed import rank
 from common.flags import BadInput, exit_on_bad_input, flag, parse_args
@@ -85,19 +85,21 @@ def logit_statistics(model, rollout, budget, temperature=0.6, top_k=50) -> dict[
 def draw(found: dict[str, dict], path: pathlib.Path) -> None:
     """Histograms of all models: every logit on the left, the authors' statistic on the right."""
     plt = pyplot()
+    colours = list(COLOURS.values())
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.6), constrained_layout=True)
     width = 2 * EDGE / BINS
     centres = [(i + 0.5) * width - EDGE for i in range(BINS)]
     for axis, kind in zip(axes, ("raw", "top_k"), strict=True):
         for number, name in enumerate(found):
             values = found[name][kind]
-            look = {"color": f"C{number % 10}", "linestyle": DASHES[number % 4]}
+            look = {"color": colours[number % 6], "linestyle": DASHES[number % 4]}
             label = f"{name}: skewness {values['skewness']:.2f}"
             axis.plot(centres, values["histogram"], label=label, **look)
             axis.axvline(values["mean"], linewidth=1, **look)
-        axis.set_title("all logits" if kind == "raw" else "the largest, over the temperature")
-        axis.set_xlabel("logit (thin vertical line: mean)")
-        axis.set_ylabel(f"share in a bin of {width:g}")
+        title = "all logits" if kind == "raw" else "the largest, over the temperature"
+        axis.set_title(title, fontsize=13)
+        axis.set_xlabel("logit (thin vertical line: mean)", fontsize=12)
+        axis.set_ylabel(f"share in a bin of {width:g}", fontsize=12)
         axis.set_xlim(-40, 40)
         axis.grid(alpha=0.25)
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13))

@@ -152,15 +152,15 @@ def plot_runs(groups: dict[str, list[dict]], path: pathlib.Path) -> None:
         draw_accuracy(axes[1][2], runs, look)
     titles = [*PANELS, "held-out accuracy"]
     for axis, title in zip(axes.flat, titles, strict=True):
-        axis.set_title(title, fontsize=15)
-        axis.tick_params(labelsize=13)
+        axis.set_title(title, fontsize=13)
+        axis.tick_params(labelsize=11)
         axis.grid(alpha=0.25)
     for axis in axes.flat[:5]:
-        axis.set_xlabel("step", fontsize=13)
+        axis.set_xlabel("step", fontsize=12)
     axes[1][0].set_ylim(bottom=0, top=max(0.01, axes[1][0].get_ylim()[1]))
     axes[1][1].set_ylim(bottom=0)
     handles, labels = axes[0][1].get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=13, loc="outside lower center", ncols=2)
+    figure.legend(handles, labels, fontsize=11, loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -4,6 +4,7 @@ A row is a dict with every column of the data, and "problem" and "answer" (the g
 Which columns those come from is recognised by name and printed; rows that cannot be used are
 dropped and counted.
 """
+import hashlib
 import json
 import pathlib
 import random
@@ -31,12 +32,12 @@ def read_rows(name: str, split: str, flag: str = "--data"):
     if kind in (".jsonl", ".json", ".parquet"):
         if not path.is_file():
             raise BadInput(f"{flag} {name}: no such file")
-        rows = read_parquet(path, flag) if kind == ".parquet" else read_json(path, flag)
+        rows = read_dataset(name, split, flag) if kind == ".parquet" else read_json(path, flag)
     elif path.exists() or name.count("/") != 1:
         raise BadInput(f"{flag} {name}: give arithmetic, a .jsonl/.json/.parquet file, or a hub id "
                        "such as openai/gsm8k:main")
     else:
-        rows = read_hub(name, split, flag)
+        rows = read_dataset(name, split, flag)
     if len(rows) == 0:
         raise BadInput(f"{flag} {name}: no rows")
     return rows
@@ -70,24 +71,18 @@ def read_json(path: pathlib.Path, flag: str) -> list[dict]:
     return rows
 
 
-def read_parquet(path: pathlib.Path, flag: str):
-    import pyarrow.parquet
-    from datasets import Dataset  # slow to import
-    try:
-        return Dataset(pyarrow.parquet.read_table(path))
-    except Exception as error:  # pyarrow and datasets raise their own
-        reason = str(error).splitlines()[0][:200]
-        raise BadInput(f"{flag} {path}: cannot be read as parquet, {reason}") from error
-
-
-def read_hub(name: str, split: str, flag: str):
-    from datasets import load_dataset  # slow to import
+def read_dataset(name: str, split: str, flag: str):
+    """A parquet file or a hub dataset -> a Dataset, which reads a row when it is asked for."""
+    from datasets import Dataset, load_dataset  # slow to import
+    from pyarrow import parquet
     hub_id, config, own_split = (name.split(":") + ["", ""])[:3]
     try:
+        if pathlib.Path(name).is_file():
+            return Dataset(parquet.read_table(name))
         return load_dataset(hub_id, config or None, split=own_split or split)
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # no network, no such set or split, a damaged file
         reason = str(error).splitlines()[0][:300]
-        raise BadInput(f"{flag} {name} (split {own_split or split}): {reason}") from error
+        raise BadInput(f"{flag} {name}: cannot be read, {reason}") from error
 
 
 def find_column(rows, known: tuple[str, ...], what: str) -> str:
@@ -220,6 +215,13 @@ def load_train_and_eval(args) -> tuple[list[dict], list[dict]]:
     if not train:
         raise BadInput(f"--data {args.data}: nothing is left to train on")
     return train, held_out
+
+
+def fingerprint(train: list[dict], held_out: list[dict]) -> str:
+    """A hash of all problems and golds, in their order."""
+    rows = [[row["problem"], row["answer"]] for row in [*train, *held_out]]
+    text = json.dumps([len(train), rows])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def batch_of(rows: list, step: int, size: int, seed: int) -> list:

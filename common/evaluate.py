@@ -34,12 +34,21 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """The mean and its standard error, NaN for a single value."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, math.nan
+    return mean, statistics.stdev(values) / math.sqrt(len(values))
+
+
 def evaluate(model, tokenizer, rows: list[dict], reward, k: int, max_new_tokens: int,
              temperature: float = 1.0, top_p: float = 1.0, seed: int = 0, system: str = "") -> dict:
     """Samples k answers to each row's problem and rates them by reward(text, row) -> float.
 
-    -> avg_at_k, standard_error, pass_at {1: .., k: ..}, length (tokens), truncated (share), and
-    answers: a dict per row with problem, answer, responses, lengths, finished, rewards.
+    -> avg_at_k, standard_error, pass_at {1: .., k: ..}, length (tokens), truncated (share),
+    by_problem (mean rewards), and answers: a dict per row with problem, answer, responses,
+    lengths, finished, rewards.
     """
     answers = []
     batches = range(0, len(rows), 64)
@@ -55,19 +64,18 @@ def evaluate(model, tokenizer, rows: list[dict], reward, k: int, max_new_tokens:
             answers += of_ranks
         del answers[start + len(batch):]
     means = [statistics.fmean(row["rewards"]) for row in answers]
-    error = math.nan
-    if len(means) > 1:
-        error = statistics.stdev(means) / math.sqrt(len(means))
+    average, error = mean_and_error(means)
     right = [sum(reward >= 1 for reward in row["rewards"]) for row in answers]
     pass_at = {}
     for j in range(1, k + 1):
         pass_at[j] = statistics.fmean(pass_at_k(k, c, j) for c in right)
     finished = [ended for row in answers for ended in row["finished"]]
     return {
-        "avg_at_k": statistics.fmean(means),
+        "avg_at_k": average,
         "standard_error": error,
         "k": k,
         "problems": len(rows),
+        "by_problem": means,
         "pass_at": pass_at,
         "length": statistics.fmean(n for row in answers for n in row["lengths"]),
         "truncated": 1 - statistics.fmean(finished),

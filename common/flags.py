@@ -62,6 +62,9 @@ class Shared:
     system: str = flag("", "system message before each problem; larger models: asks for a box")
     eval_problems: int = flag(128, "held-out problems, 8 answers each, before and after; 0: no "
                               "evaluation", low=0)
+    eval_every: int = flag(0, "evaluate after every so many steps as well; 0: never", low=0)
+    track: str = flag(None, "show metrics elsewhere, too: wandb, trackio or tensorboard",
+                      choices=("wandb", "trackio", "tensorboard"))
     micro_batch_tokens: int = flag(1024, "tokens in one forward pass: lower it when memory runs "
                                    "out, it changes nothing else", low=1)
     lora_rank: int = flag(0, "train adapters of this rank (peft) instead of all weights", low=0)
@@ -112,11 +115,11 @@ def parse_args(Args, real: dict, description: str, argv: list[str] | None = None
 
 
 def read_config(folder: str) -> dict:
-    """config.json of a run: its "script" and "flags". Raises BadInput."""
+    """config.json of a run: "script", "flags", "data" and more. Raises BadInput."""
     path = pathlib.Path(folder) / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        return {"script": config["script"], "flags": dict(config["flags"])}
+        return {"data": None, **config, "script": config["script"], "flags": {**config["flags"]}}
     except OSError:
         raise BadInput(f"--resume {folder}: no run there (no config.json)") from None
     except (ValueError, KeyError, TypeError) as error:

@@ -165,26 +165,6 @@ def autocast(model):
     return torch.autocast(causal_lm(model).device.type, dtype, enabled=dtype != torch.float32)
 
 
-@contextlib.contextmanager
-def linear_maps_cast(model):
-    """Inside, linear maps hold weights in the compute dtype: autocast would cast at each token.
-
-    Embedding and norms stay float32, as they are in training, so the function is the same.
-    """
-    dtype = compute_dtype(model)
-    maps = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    kept = [module.weight for module in maps]
-    if size() == 1:  # FSDP has its own way
-        for module in maps:
-            if module.weight.dtype != dtype:
-                module.weight = nn.Parameter(module.weight.to(dtype), requires_grad=False)
-    try:
-        yield
-    finally:
-        for module, weight in zip(maps, kept, strict=True):
-            module.weight = weight
-
-
 def reference_model(args, model):
     """The model a run started from, as `with reference() as initial:`; for a KL.
 
@@ -247,25 +227,25 @@ def memory_estimate(model, rows: int, tokens: int, micro_batch_tokens: int) -> s
     rows x tokens is a rollout. A second model (a reference, a critic) is not counted.
     """
     config = causal_lm(model).config
-    compute = compute_dtype(model).itemsize
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    in_compute = sum(p.numel() for p in model.parameters()) * compute
-    if compute == 4 or model.dtype != torch.float32:
-        in_compute = 0  # no copy of the weights is made
-    kept = config.hidden_size * config.num_hidden_layers * compute
-    block = (12 * config.hidden_size + 4 * config.intermediate_size) * compute
-    if config.hidden_size <= SMALL:  # nothing is computed again
-        kept = block * config.num_hidden_layers
-        block = 0
-    copies = 6 if causal_lm(model).lm_head.weight.requires_grad else 4.7  # of a chunk's logits
-    logits = 4 * copies * min(1 << 26, config.vocab_size * micro_batch_tokens)
-    batch = min(micro_batch_tokens, rows * tokens)
-    training = 4 * trained + in_compute + (kept + block) * batch + logits
+    item = compute_dtype(model).itemsize
+    weights = sum(p.numel() * p.element_size() for p in model.parameters()) / size()
+    adam = sum(8 * p.numel() for p in model.parameters() if p.requires_grad) / size()
+    gradients = adam / 2
+    copies = sum(item * p.numel() for p in model.parameters())  # in the compute dtype
+    if item == 4 or model.dtype != torch.float32:
+        copies = 0
     at_once = min(rows, rows_at_once(model, tokens))
-    sampling = in_compute + row_bytes(model, tokens) * at_once
-    peak = weights / size() + 8 * trained / size() + max(training / size(), sampling)
-    gib = [f"{x / 2**30:.2f}" for x in (weights, 8 * trained, sampling, training, peak)]
+    sampling = copies + row_bytes(model, tokens) * at_once
+    states = config.hidden_size * config.num_hidden_layers  # numbers per token that are kept
+    block = 12 * config.hidden_size + 4 * config.intermediate_size  # and while a block runs
+    if config.hidden_size <= SMALL:  # all blocks are kept
+        states, block = 0, block * config.num_hidden_layers
+    batch = min(micro_batch_tokens, rows * tokens)
+    chunk = min(1 << 26, config.vocab_size * micro_batch_tokens)  # logits
+    logits = 4 * chunk * (6 if causal_lm(model).lm_head.weight.requires_grad else 4.7)
+    training = gradients + copies / size() + (states + block) * item * batch + logits
+    gib = [weights, adam, sampling, training, weights + adam + max(sampling, training)]
+    gib = [f"{x / 2**30:.2f}" for x in gib]
     return (f"memory, GiB: weights {gib[0]}, Adam {gib[1]}, sampling {gib[2]} or training "
             f"{gib[3]}: about {gib[4]}")
 

@@ -3,7 +3,7 @@
     run = Run("grpo", args, reward)               # loads, checks, prints; nothing is written yet
     for step in range(run.begin(optimizer=optimizer), args.steps):
         ...
-        run.log(step, rollout, rewards, parts, grad_norms)     # a row of metrics.jsonl, warnings
+        run.log(step, problems, rollout, rewards, parts, grad_norms)     # a row of metrics.jsonl
         run.save(step + 1)                                     # a checkpoint when one is due
     run.finish()                                               # evaluates again, saves the model
 
@@ -12,26 +12,29 @@ checkpoint is weights, optimiser and a step number, and a resumed run ends with 
 an uninterrupted one. Files are written beside their place and renamed into it: whatever moment a
 run dies at, what has its final name is whole.
 """
-import hashlib
 import json
 import math
 import pathlib
 import platform
 import statistics
+import subprocess
+import sys
 import time
 
 import torch
 import transformers
 from tqdm import tqdm
 
-from common.data import drop_long_prompts, encode_prompt, load_train_and_eval
+from common.data import drop_long_prompts, encode_prompt, fingerprint, load_train_and_eval
 from common.distributed import everyone, rank, size, split_like, total, whole
-from common.evaluate import describe, evaluate
+from common.evaluate import describe, evaluate, mean_and_error
 from common.flags import BadInput, read_config
 from common.models import causal_lm, load_model, load_tokenizer, memory_estimate
+from common.track import tracker
 
 EVAL_K = 8   # answers to each held-out problem
 SAVES = 10   # checkpoints in a run, evenly spaced; the last one stays
+SHOWN = 4    # answers per rank and step in rollouts.jsonl, half of them to the first problem
 
 
 class Run:
@@ -43,14 +46,14 @@ class Run:
         self.args = args
         self.reward = reward
         self.folder = pathlib.Path(args.resume or args.output or f"runs/{name}")
+        self.made = False
         self.summary = {}
         self.rows = []       # of metrics
         self.seconds = {}    # of this step, by part
         self.warned = set()
-        self.made = args.resume is not None
         if args.resume:
-            self.check_resumed()
-        elif args.output and self.folder.exists() and any(self.folder.glob("*")):
+            self.resumed = self.check_resumed()
+        elif args.output and any(self.folder.glob("*")):
             raise BadInput(f"--output {self.folder}: holds something already; take another folder, "
                            f"or --resume {self.folder}")
         updates = size() * getattr(args, "updates_per_rollout", 1)
@@ -64,10 +67,13 @@ class Run:
         self.train, self.held_out = [
             drop_long_prompts(self.tokenizer, rows, args.system, longest)
             for rows in load_train_and_eval(args)]
+        self.data = fingerprint(self.train, self.held_out)
+        if args.resume and self.resumed["data"] != self.data:
+            raise BadInput(f"--resume {self.folder}: the data has changed since")
         self.describe()
 
-    def check_resumed(self) -> None:
-        """BadInput if --resume names a run of another script, model or data."""
+    def check_resumed(self) -> dict:
+        """-> config.json. BadInput if --resume names a run of another script, model or data."""
         config = read_config(self.folder)
         if config["script"] != self.name:
             raise BadInput(f"--resume {self.folder}: a run of {config['script']}.py")
@@ -78,7 +84,8 @@ class Run:
                                f"{had}, and keeps it")
         summary = self.folder / "summary.json"
         if summary.exists():
-            self.summary = read_summary(summary)
+            self.summary = read_json(summary.read_text(encoding="utf-8"), summary)
+        return config
 
     def describe(self) -> None:
         """Prints model, data, the decoded first prompt, memory."""
@@ -87,15 +94,14 @@ class Run:
         weights = list(self.model.parameters())
         numel = sum(p.numel() for p in weights) / 1e6
         trained = sum(p.numel() for p in weights if p.requires_grad) / 1e6
-        first = self.train[0]
-        prompt = self.encode([first])[0]
+        prompt = self.encode(self.train[:1])[0]
         print(f"model: {args.model}, {lm.config.model_type}, {numel:.2f} M parameters "
               f"({trained:.2f} M trained), {lm.config.num_hidden_layers} blocks, "
               f"{lm.compute_dtype} on {lm.device}")
         print(f"data:  {args.data}, {len(self.train)} problems to train on, "
               f"{len(self.held_out)} held out")
         print(f"first prompt ({len(prompt)} tokens): {self.tokenizer.decode(prompt)!r} "
-              f"-> gold {first['answer']!r}")
+              f"-> gold {self.train[0]['answer']!r}")
         rows = getattr(args, "prompts_per_step", 1) * getattr(args, "group_size", 1)
         rows = getattr(args, "batch_size", rows)
         print(memory_estimate(self.model, rows, len(prompt) + args.max_new_tokens,
@@ -107,15 +113,22 @@ class Run:
 
     def make_folder(self) -> None:
         """Makes the folder, unless it is there, and writes config.json. begin() does this too."""
-        if not self.made and rank() == 0:
+        if self.made or self.args.resume:
+            return
+        if rank() == 0:
             self.folder = new_folder(self.folder, self.args.output is not None)
         self.folder = pathlib.Path(everyone(str(self.folder))[0])
         self.made = True
-        flags = {**vars(self.args), "output": str(self.folder)}
         versions = {"torch": torch.__version__, "transformers": transformers.__version__,
                     "python": platform.python_version()}
-        if not self.args.resume:
-            self.write("config.json", {"script": self.name, "flags": flags, "versions": versions})
+        self.write("config.json", {
+            "script": self.name,
+            "flags": {**vars(self.args), "output": str(self.folder)},
+            "command": sys.argv,
+            "data": self.data,
+            "device": str(causal_lm(self.model).device),
+            "commit": commit(),
+            "versions": versions})
 
     def begin(self, **parts) -> int:
         """Makes the folder or restores its checkpoint, evaluates -> the first step to make.
@@ -125,21 +138,42 @@ class Run:
         """
         self.parts = parts
         first = self.restore() if self.args.resume else 0
+        self.rows = self.read_rows("metrics.jsonl", first)
+        answers = self.read_rows("rollouts.jsonl", first)
+        if len(self.rows) != first:
+            raise BadInput(f"--resume {self.folder}: metrics.jsonl has lost rows")
         self.make_folder()
-        if rank() == 0:  # rows of steps that will be made again go
-            lines = [json.dumps(row) + "\n" for row in self.rows]
-            write_whole(self.folder / "metrics.jsonl", "".join(lines))
+        self.append("metrics.jsonl", self.rows, "w")  # rows of steps that are made again go
+        self.append("rollouts.jsonl", answers, "w")
         if first == 0 and self.held_out and "avg_at_k_before" not in self.summary:
             self.measure("before")
         self.write("summary.json", self.summary)
+        self.track = None
+        if rank() == 0:
+            flags = {**vars(self.args), "output": str(self.folder)}
+            self.track = tracker(self.args.track, self.name, flags)
         self.bar = tqdm(total=self.args.steps, initial=first, desc=self.name, unit="step",
                         dynamic_ncols=True, disable=rank() > 0)
         self.started = self.lap_started = time.perf_counter()
         return first
 
+    def read_rows(self, name: str, step: int) -> list[dict]:
+        """The rows of a resumed run's file up to a step. BadInput if they are damaged."""
+        path = self.folder / name
+        if not self.args.resume or not path.exists():
+            return []
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # the last may be half a row
+        rows = [read_json(line, path) for line in lines]
+        return [row for row in rows if row["step"] <= step]
+
     def write(self, name: str, value: dict) -> None:
         if rank() == 0:
             write_whole(self.folder / name, json.dumps(value, indent=1))
+
+    def append(self, name: str, rows: list[dict], mode: str = "a") -> None:
+        if rank() == 0:
+            with open(self.folder / name, mode, encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
 
     def lap(self, part: str) -> None:
         """Adds the seconds since the last lap to `seconds_<part>` of this step."""
@@ -149,12 +183,14 @@ class Run:
         self.seconds[part] = self.seconds.get(part, 0.0) + now - self.lap_started
         self.lap_started = now
 
-    def log(self, step: int, rollout=None, rewards=None, parts=(), grad_norms=(), **values):
-        """Writes a row of metrics of all ranks together, moves the bar, warns.
+    def log(self, step: int, problems=(), rollout=None, rewards=None, parts=(), grad_norms=(),
+            **values) -> None:
+        """Writes a row of metrics of all ranks together and some answers, moves the bar, warns.
 
-        rollout adds length, share cut off and entropy (nats, mean over tokens); rewards (P, G)
-        their mean and the share of groups without signal. parts: metrics of micro-batches, which
-        add up over an update; the largest of those in _max. grad_norms: one per update.
+        problems: the rows that rollout answers. It adds length, share cut off and entropy (nats,
+        mean over tokens); rewards (P, G) their mean and the share of groups without signal.
+        parts: metrics of micro-batches, which add up over an update; the largest of those in
+        _max. grad_norms: one per update.
         """
         row = {"step": step + 1, **values}
         if rewards is not None:
@@ -179,17 +215,23 @@ class Run:
         row.update({f"seconds_{part}": seconds for part, seconds in self.seconds.items()})
         if torch.cuda.is_available():
             row["peak_gb"] = torch.cuda.max_memory_allocated() / 2**30
+        every = self.args.eval_every
+        if every and (step + 1) % every == 0 and step + 1 < self.args.steps and self.held_out:
+            row["avg_at_k"] = self.evaluate()["avg_at_k"]
         for name, value in row.items():
             row[name] = float(f"{value:.5g}") if isinstance(value, float) else value
         self.rows.append(row)
-        self.seconds = {}
-        if rank() == 0:
-            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+        self.append("metrics.jsonl", [row])
+        if rollout is not None:
+            self.append("rollouts.jsonl", some_answers(step + 1, problems, rollout, rewards))
+        if self.track is not None:
+            self.track(row)
         shown = ("reward", "loss", "length", "entropy", "tokens_per_second")
         self.bar.set_postfix({name: f"{row[name]:.3g}" for name in shown if name in row})
         self.bar.update()
         self.warn(row)
+        self.seconds = {}
+        self.lap_started = time.perf_counter()
 
     def warn(self, row: dict) -> None:
         """Says once what a row shows to be wrong."""
@@ -211,14 +253,17 @@ class Run:
                 self.warned.add(note)
                 tqdm.write(f"note: step {row['step']}: {note}")
 
+    def evaluate(self) -> dict:
+        """On the held-out problems, with the same random numbers each time."""
+        return evaluate(self.model, self.tokenizer, self.held_out, self.reward, EVAL_K,
+                        self.args.max_new_tokens, seed=10_000, system=self.args.system)
+
     def measure(self, when: str) -> dict:
-        """Evaluates on the held-out problems, prints the line, keeps it in the summary."""
-        args = self.args
-        result = evaluate(self.model, self.tokenizer, self.held_out, self.reward, EVAL_K,
-                          args.max_new_tokens, seed=10_000, system=args.system)
+        """Evaluates, prints the line, keeps it in the summary as <name>_<when>."""
+        result = self.evaluate()
         print(f"{when + ':':7} {describe(result)}", flush=True)
         self.summary["k"] = EVAL_K
-        for name in ("avg_at_k", "standard_error", "pass_at", "length"):
+        for name in ("avg_at_k", "standard_error", "pass_at", "length", "by_problem"):
             self.summary[f"{name}_{when}"] = result[name]
         return result
 
@@ -228,8 +273,7 @@ class Run:
             return
         weights = {name: p.data for name, p in self.model.named_parameters() if p.requires_grad}
         parts = {name: part.state_dict() for name, part in self.parts.items()}
-        state = {"step": step, "data": self.fingerprint(), "weights": weights, "parts": parts}
-        state = whole(state)
+        state = whole({"step": step, "weights": weights, "parts": parts})
         if rank() == 0:
             place = self.folder / "checkpoint.pt"
             try:
@@ -239,7 +283,7 @@ class Run:
             place.with_suffix(".tmp").replace(place)
 
     def restore(self) -> int:
-        """Weights, parts, metrics and summary of the last checkpoint -> its step, 0 if none."""
+        """Weights and optimisers of the last checkpoint -> its step, 0 if there is none."""
         place = self.folder / "checkpoint.pt"
         if not place.exists():
             print(f"going on in {self.folder}, which has no checkpoint yet")
@@ -247,16 +291,12 @@ class Run:
         try:
             state = torch.load(place, "cpu", weights_only=True, mmap=True)
             step = state["step"]
-            if state["data"] != self.fingerprint():
-                raise ValueError("the data has changed since")
             with torch.no_grad():
                 for name, weight in self.model.named_parameters():
                     if weight.requires_grad:
                         weight.copy_(split_like(state["weights"][name], weight))
             for name, part in self.parts.items():
                 load_part(part, state["parts"][name])
-            lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-            self.rows = [json.loads(line) for line in lines[:step]]
         except Exception as error:  # a damaged file fails in any way it likes
             reason = (str(error) or type(error).__name__).splitlines()[0][:200]
             raise BadInput(f"--resume {self.folder}: cannot be gone on with, {reason}") from error
@@ -264,12 +304,6 @@ class Run:
             raise BadInput(f"--steps {self.args.steps}: {step} are done already")
         print(f"going on from step {step} of {self.args.steps} in {self.folder}")
         return step
-
-    def fingerprint(self) -> str:
-        """Tells whether training and held-out problems are the same."""
-        rows = [[row["problem"], row["answer"]] for row in self.train + self.held_out]
-        text = json.dumps([len(self.train), rows])
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def finish(self) -> dict | None:
         """Saves the model, evaluates, prints some answers and places -> what measure() gave."""
@@ -279,13 +313,15 @@ class Run:
         self.save_model()
         if self.held_out:
             result = self.measure("after")
-            gain = self.summary["avg_at_k_after"] - self.summary["avg_at_k_before"]
-            error = math.hypot(*(self.summary[f"standard_error_{x}"] for x in ("before", "after")))
-            print(f"change: {gain:+.3f} ± {error:.3f}\n")
+            before, after = self.summary["by_problem_before"], self.summary["by_problem_after"]
+            gain, error = mean_and_error([b - a for a, b in zip(before, after, strict=True)])
+            print(f"change: {gain:+.3f} ± {error:.3f}, paired by problem\n")
             for row in result["answers"][:3]:
                 print(f"  {str(row['problem'])[-300:]}  gold {row['answer']}")
                 print(f"    reward {row['rewards'][0]:g}: {row['responses'][0][:600]}")
         self.write("summary.json", self.summary)
+        if rank() == 0:
+            write_whole(self.folder / "model" / "README.md", model_card(self))
         print(f"\nmodel: {self.folder}/model   metrics: {self.folder}/metrics.jsonl   "
               f"figure: python -m analysis.plot {self.folder}")
         return result
@@ -314,6 +350,48 @@ class Run:
             self.tokenizer.save_pretrained(self.folder / "merged")
 
 
+def some_answers(step: int, problems: list[dict], rollout, rewards) -> list[dict]:
+    """Rows of rollouts.jsonl: the first answers to the first two problems."""
+    n = len(rollout.texts) // len(problems)
+    rows = []
+    for place, problem in enumerate(problems[:2]):
+        for i in range(place * n, place * n + min(n, SHOWN // 2)):
+            rows.append({
+                "step": step,
+                "problem": problem["problem"],
+                "answer": problem.get("answer"),
+                "reward": None if rewards is None else rewards.flatten()[i].item(),
+                "length": int(rollout.lengths[i]),
+                "finished": bool(rollout.finished[i]),
+                "text": rollout.texts[i]})
+    return rows
+
+
+def model_card(run) -> str:
+    """README.md of model/: base, method, data, command, accuracy before and after."""
+    lines = ["---", f"base_model: {run.args.model}", "library_name: transformers", "---", "",
+             f"# {run.args.model}, trained by {run.name}.py", "",
+             f"Data: {run.args.data}, {len(run.train)} problems. Command: `{' '.join(sys.argv)}`.",
+             f"Steps: {run.args.steps}. Seed: {run.args.seed}."]
+    for when in ("before", "after"):
+        if f"avg_at_k_{when}" in run.summary:
+            lines.append(f"Avg@{EVAL_K} {when}, {len(run.held_out)} held-out problems: "
+                         f"{run.summary[f'avg_at_k_{when}']:.3f} ± "
+                         f"{run.summary[f'standard_error_{when}']:.3f}.")
+    return "\n".join(lines) + "\n"
+
+
+def commit() -> str | None:
+    """The commit of this code, if it lies in a git repository."""
+    here = pathlib.Path(__file__).parent
+    try:
+        found = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True,
+                               text=True)
+    except OSError:
+        return None
+    return found.stdout.strip() or None
+
+
 def new_folder(place: pathlib.Path, exact: bool) -> pathlib.Path:
     """Makes a folder and no other run's: the place itself if exact, else place, place-2, ..."""
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -328,11 +406,12 @@ def new_folder(place: pathlib.Path, exact: bool) -> pathlib.Path:
             folder = place.with_name(f"{place.name}-{number}")
 
 
-def read_summary(path: pathlib.Path) -> dict:
+def read_json(text: str, place: pathlib.Path) -> dict:
+    """An object of one of a run's files. BadInput if it is damaged."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return dict(json.loads(text))
     except (ValueError, TypeError) as error:
-        raise BadInput(f"{path}: damaged, {error}") from error
+        raise BadInput(f"{place}: damaged, {error}") from error
 
 
 def write_whole(path: pathlib.Path, text: str) -> None:

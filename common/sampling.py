@@ -13,10 +13,12 @@ that of the full softmax at the sampling temperature, which training computes ag
 from dataclasses import dataclass
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 from transformers import DynamicCache
 
 from common.distributed import gathered, rank, size
-from common.models import autocast, causal_lm, linear_maps_cast, rows_at_once, stop_ids
+from common.models import autocast, causal_lm, rows_at_once, stop_ids
 
 
 @dataclass
@@ -42,31 +44,21 @@ class Rollout:
         return Rollout(**chosen)
 
 
-@dataclass
-class Draw:
-    """How a token is drawn from the logits."""
-    temperature: float
-    top_p: float
-    repetition_penalty: float
-
-
 def sample(model, tokenizer, prompts: list[list[int]], n: int, max_new_tokens: int,
-           temperature: float = 1.0, top_p: float = 1.0, repetition_penalty: float = 1.0,
-           seed: int = 0, max_rows: int | None = None, alone: bool = False) -> Rollout:
+           temperature: float = 1.0, top_p: float = 1.0, seed: int = 0,
+           max_rows: int | None = None, alone: bool = False) -> Rollout:
     """n answers of at most max_new_tokens tokens to each prompt -> Rollout of P * n rows.
 
-    temperature 0 is greedy. top_p < 1 and repetition_penalty > 1 (CTRL, arXiv 1909.05858) change
-    what is drawn, while logp and entropy stay the model's: for evaluation, biased in a policy
-    gradient. max_rows bounds how many are decoded at once; default: what fits in memory. On
-    several ranks `prompts` are this rank's share and get the answers that one process would give
-    them; alone: each rank draws all of them itself. Raises ValueError for values out of range.
+    temperature 0 is greedy. top_p < 1 changes what is drawn, while logp and entropy stay the
+    model's: for evaluation, biased in a policy gradient. max_rows bounds how many are decoded at
+    once; default: what fits in memory. On several ranks `prompts` are this rank's share and get
+    the answers that one process would give them; alone: each rank draws all of them itself.
+    Raises ValueError for values out of range.
     """
     if not prompts or not all(prompts):
         raise ValueError("sample needs at least one prompt and no empty one")
-    if n < 1 or max_new_tokens < 1:
-        raise ValueError(f"sample: {n=} and {max_new_tokens=} must be at least 1")
-    if temperature < 0 or not 0 < top_p <= 1 or repetition_penalty <= 0:
-        raise ValueError(f"sample: {temperature=}, {top_p=}, {repetition_penalty=} out of range")
+    if n < 1 or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"sample: {n=}, {max_new_tokens=}, {temperature=}, {top_p=} out of range")
     lm = causal_lm(model)
     was_training = model.training
     model.eval()
@@ -77,23 +69,26 @@ def sample(model, tokenizer, prompts: list[list[int]], n: int, max_new_tokens: i
     shape = (len(prompts) * ranks, n, max_new_tokens)
     generator = torch.Generator().manual_seed(seed)
     noise = torch.rand(shape, dtype=torch.float64, generator=generator)
-    noise = noise[mine::ranks]                                                    # (P, n, T)
-    noise = noise.flatten(0, 1)                                                   # (B, T)
+    noise = noise[mine::ranks].flatten(0, 1)                                      # (B, T)
     owner = torch.arange(len(prompts)).repeat_interleave(n)                       # (B,)
 
     # As many rows at once as fit in memory.
     longest = max(len(prompt) for prompt in prompts) + max_new_tokens
     max_rows = max_rows or rows_at_once(model, longest)
     stop = torch.tensor(stop_ids(lm, tokenizer), device=lm.device)
-    draw = Draw(temperature, top_p, repetition_penalty)
     pieces = []
-    with gathered(lm), linear_maps_cast(model), autocast(model):
-        for start in range(0, len(owner), max_rows):
-            rows = owner[start:start + max_rows]
-            row_noise = noise[start:start + max_rows]
-            first = int(rows[0])
-            last = int(rows[-1])
-            piece = decode(lm, prompts[first:last + 1], rows - first, row_noise, stop, draw)
+    with gathered(lm), autocast(model):
+        for rows in torch.arange(len(owner)).split(max_rows):
+            prompt = owner[rows]
+            first = int(prompt[0])
+            asked = prompts[first:int(prompt[-1]) + 1]
+            piece = decode(
+                lm, asked,
+                owner=prompt - first,
+                noise=noise[rows],
+                stop=stop,
+                temperature=temperature,
+                top_p=top_p)
             pieces.append(piece)
     model.train(was_training)
 
@@ -115,11 +110,12 @@ def sample(model, tokenizer, prompts: list[list[int]], n: int, max_new_tokens: i
         texts=tokenizer.batch_decode(answers, skip_special_tokens=True))
 
 
-@torch.inference_mode()
-def decode(lm, prompts, owner, noise, stop, draw):
+@torch.no_grad()
+def decode(lm, prompts, owner, noise, stop, temperature, top_p):
     """One answer for each of owner (B,), the numbers of their prompts; noise (B, T) in [0, 1).
 
-    -> tokens (B, T), logp (B, T), entropy (B, T), lengths (B,), finished (B,).
+    -> tokens (B, T), logp (B, T), entropy (B, T), lengths (B,), finished (B,). Without
+    inference_mode, in which autocast would cast the weights anew for each token.
     """
     device = lm.device
     B, max_new_tokens = noise.shape
@@ -128,7 +124,10 @@ def decode(lm, prompts, owner, noise, stop, draw):
     owner = owner.to(device)
 
     # 1. Read each prompt once, padded on the left, and copy its cache to its answers.
-    ids, visible = pad_left(prompts, device)                             # (P, S) each
+    rows = [torch.tensor(prompt, device=device) for prompt in prompts]
+    ones = [torch.ones_like(row) for row in rows]
+    ids = pad_sequence(rows, batch_first=True, padding_side="left")      # (P, S)
+    visible = pad_sequence(ones, batch_first=True, padding_side="left")  # (P, S)
     position = (visible.cumsum(1) - 1).clamp(min=0)                      # (P, S)
     cache = DynamicCache(config=lm.config)
     output = lm(ids, visible, position, cache, use_cache=True, logits_to_keep=1)
@@ -143,28 +142,27 @@ def decode(lm, prompts, owner, noise, stop, draw):
     entropy = torch.zeros(B, max_new_tokens, device=device)              # (B, T)
     lengths = torch.zeros(B, dtype=torch.long, device=device)            # (B,)
     running = torch.arange(B, device=device)                             # (R,)
-    said = torch.zeros_like(logits, dtype=torch.bool)                    # (B, V), for the penalty
-    for row, prompt in enumerate(owner.tolist()):
-        said[row, prompts[prompt]] = True
+    bar = tqdm(
+        desc="sampling",
+        unit=" tokens",
+        delay=5,  # seconds until it shows
+        leave=False,
+        disable=rank() > 0)
     for t in range(max_new_tokens):
-        scores = logits.float()                                          # (R, V)
-        full = log_softmax(scores, draw.temperature)                     # (R, V)
-        drawn_from = full
-        if draw.repetition_penalty != 1:
-            weaker = weaken(scores, said[running], draw.repetition_penalty)
-            drawn_from = log_softmax(weaker, draw.temperature)
-        if draw.top_p < 1:
-            drawn_from = keep_top_p(drawn_from, draw.top_p)
-        if draw.temperature == 0:
-            token = drawn_from.argmax(-1)                                # (R,)
+        scores = logits.float() / (temperature or 1.0)                   # (R, V)
+        full = scores.log_softmax(-1)                                    # (R, V)
+        drawn_from = full if top_p == 1 else keep_top_p(full, top_p)     # (R, V)
+        if temperature == 0:
+            token = full.argmax(-1)                                      # (R,)
         else:
             token = pick(drawn_from.exp(), noise[running, t])            # (R,)
         tokens[running, t] = token
-        logp[running, t] = full.gather(1, token[:, None])[:, 0]
+        its_logp = full.gather(1, token[:, None])                        # (R, 1)
+        logp[running, t] = its_logp[:, 0]
         weighted = full.exp() * full.clamp(min=-1e4)                     # (R, V), p log p
         entropy[running, t] = -weighted.sum(-1)
         lengths[running] = t + 1
-        said[running, token] = True
+        bar.update(len(running))
 
         # Answers that have stopped leave the batch.
         going_on = ~torch.isin(token, stop)                              # (R,)
@@ -174,42 +172,21 @@ def decode(lm, prompts, owner, noise, stop, draw):
             visible = visible[going_on]
             position = position[going_on]
             cache.batch_select_indices(going_on.nonzero()[:, 0])
+            bar.set_postfix_str(f"{B - len(running)} of {B} answers ended", refresh=False)
         if len(running) == 0 or t + 1 == max_new_tokens:
             break
         token = token[:, None]                                           # (R, 1)
-        one = torch.ones_like(token)
+        one = torch.ones_like(token)                                     # (R, 1)
         visible = torch.cat([visible, one], 1)                           # (R, S)
         position = position + 1
         output = lm(token, visible, position, cache, use_cache=True)
         logits = output.logits[:, -1]                                    # (R, V)
+    bar.close()
 
     # 3. What is still running has been cut off.
     finished = torch.ones(B, dtype=torch.bool, device=device)            # (B,)
     finished[running] = False
     return tokens, logp, entropy, lengths, finished
-
-
-def pad_left(prompts: list[list[int]], device):
-    """-> ids (P, S), and 1 where there is a token (P, S)."""
-    width = max(len(prompt) for prompt in prompts)
-    ids = []
-    visible = []
-    for prompt in prompts:
-        padding = [0] * (width - len(prompt))
-        ids.append(padding + prompt)
-        visible.append(padding + [1] * len(prompt))
-    return torch.tensor(ids, device=device), torch.tensor(visible, device=device)
-
-
-def log_softmax(scores: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Log-probs (R, V) at a temperature; of greedy decoding (0) those at 1."""
-    return (scores / (temperature or 1.0)).log_softmax(-1)
-
-
-def weaken(scores: torch.Tensor, said: torch.Tensor, penalty: float) -> torch.Tensor:
-    """Scores (R, V), of the tokens said (R, V) divided by the penalty, or times it if below 0."""
-    weaker = torch.where(scores > 0, scores / penalty, scores * penalty)
-    return torch.where(said, weaker, scores)
 
 
 def pick(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -242,15 +219,16 @@ def join(prompts: list[list[int]], tokens: torch.Tensor, lengths: torch.Tensor):
     the states that predict the answers' tokens, row after row. No row at all becomes one of a
     single token that predicts nothing.
     """
-    rows = []
-    inside = []
-    for prompt, answer, length in zip(prompts, tokens.tolist(), lengths.tolist(), strict=True):
-        rows.append(prompt + answer[:length])
-        inside.append([False] * (len(prompt) - 1) + [True] * length + [False])
-    if not rows:
-        rows, inside = [[0]], [[False]]
-    S = max(len(row) for row in rows)
-    ids = [row + [0] * (S - len(row)) for row in rows]
-    predicts = [row + [False] * (S - len(row)) for row in inside]
-    device = tokens.device
-    return torch.tensor(ids, device=device), torch.tensor(predicts, device=device)
+    rows = [tokens.new_zeros(1)]
+    inside = [tokens.new_zeros(1)]
+    for prompt, answer, length in zip(prompts, tokens, lengths.tolist(), strict=True):
+        asked = tokens.new_tensor(prompt)
+        row = torch.cat([asked, answer[:length]])                                # (S,)
+        is_answer = torch.zeros_like(row)                                        # (S,)
+        is_answer[len(prompt):] = 1
+        rows.append(row)
+        inside.append(is_answer.roll(-1))
+    start = 1 if prompts else 0
+    ids = pad_sequence(rows[start:], batch_first=True)                           # (B, S)
+    predicts = pad_sequence(inside[start:], batch_first=True)                    # (B, S)
+    return ids, predicts.bool()

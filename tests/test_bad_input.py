@@ -50,7 +50,7 @@ TABLE = [
     (["entropy_min"], "--problem-file missing.txt", "--problem-file missing.txt"),
     (["entropy_min"], "--problem-file empty.jsonl", "is empty"),
     (["entropy_min"], "--problem-file binary.jsonl", "--problem-file binary.jsonl"),
-    (["ppo"], "--critic none", "invalid choice"),
+    (["ppo"], "--length-reward D", "invalid choice"),
     (["long_cot_sft"], "--traces missing.jsonl", "missing.jsonl"),
     (["long_cot_sft"], "--traces columns.jsonl", "columns.jsonl"),
     (EVALUATE, "--k 0", "must be at least 1"),
@@ -75,7 +75,7 @@ TABLE = [
     (SOME, "--data half.jsonl", "--data half.jsonl: not JSON, line 2"),
     (SOME, "--data nested.jsonl", "--data nested.jsonl: "),         # brackets without end
     (SOME, "--data numbers.jsonl", "every row must be an object"),
-    (SOME, "--data binary.parquet", "--data binary.parquet: cannot be read as parquet"),
+    (SOME, "--data binary.parquet", "--data binary.parquet: cannot be read"),
     (SOME, "--data nobody/nothing", "--data nobody/nothing"),       # a hub id, offline
     (SOME, "--data columns.jsonl", "no column with the problem; the data has text"),
     (SOME, "--data nogold.jsonl", "no row has both a problem"),

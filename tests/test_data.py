@@ -108,7 +108,7 @@ def test_other_line_ends_are_text(tmp_path):
     ("number.json", b"5", "every row must be an object"),
     ("data.json", b'{"data": [1, {}]}', "every row must be an object"),
     ("mixed.jsonl", b'{"problem": "a"}\n5\n', "every row must be an object"),
-    ("broken.parquet", b"PAR1 and no more", "cannot be read as parquet"),
+    ("broken.parquet", b"PAR1 and no more", "cannot be read"),
     ("columns.jsonl", b'{"text": "a", "label": "b"}',
      "no column with the problem; the data has text, label; rename one to problem or question"),
     ("answer.jsonl", b'{"problem": "a", "label": "b"}', "no column with the gold answer"),
@@ -149,7 +149,7 @@ def test_a_hub_set_that_is_not_there(monkeypatch):
         raise ValueError("no such config\nand much more")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(BadInput, match=r"^--eval-data a/b:c \(split test\): no such config$"):
+    with pytest.raises(BadInput, match=r"^--eval-data a/b:c: cannot be read, no such config$"):
         read_rows("a/b:c", "test", "--eval-data")
 
 

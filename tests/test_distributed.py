@@ -26,7 +26,7 @@ JOBS = {  # 300 tokens: the ranks have different numbers of micro-batches, and a
                "--select-k 2 --micro-batch-tokens 300",
     "sft": f"long_cot_sft {COMMON} --teacher-problems 6 --samples 4 --batch-size 5 --epochs 1",
     "ppo": f"ppo {LOOP} --updates-per-rollout 2",
-    "trunk": f"ppo {LOOP} --updates-per-rollout 1 --critic shared --lora-rank 2",
+    "ppo-adapters": f"ppo {LOOP} --updates-per-rollout 1 --lora-rank 2",
 }
 HALF = f"grpo {LOOP} --advantage reinforce++ --group-size 12"
 CLOCKS = ("tokens_per_second", "peak_gb")

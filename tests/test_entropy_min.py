@@ -249,8 +249,7 @@ def test_logits_of_several_models(tmp_path, capsys, model_folder):
     ("--problem-file nowhere.txt", "No such file"),
     ("--problem-file {empty}", "is empty"),
     ("--problem-file {latin}", "utf-8"),
-    ("--loss-temperature 0", "above 0"),
-    ("--repetition-penalty 0.5", "at least 1")])
+    ("--loss-temperature 0", "above 0")])
 def test_bad_input(flags, message, tmp_path, capsys):
     (tmp_path / "empty").write_text(" \n")
     (tmp_path / "latin").write_bytes("café".encode("latin-1"))

@@ -1,8 +1,8 @@
 """Long chain-of-thought SFT: loss, schedule, stop token, traces that survive a kill, the script."""
 import json
 import math
-import os
 import random
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -20,16 +20,15 @@ from common.models import load_tokenizer
 from common.sampling import join
 from long_cot_sft import (
     as_rollout,
+    describe,
     encode_traces,
     histogram,
     load_traces,
     lr_at,
-    read_sampled,
     reflection_rates,
     reward,
     sft_loss,
     use_stop_token,
-    write_sampled,
 )
 
 SMALL = ("--teacher-problems 6 --samples 4 --teacher-max-new-tokens 90 --batch-size 4 --epochs 1 "
@@ -156,22 +155,23 @@ def tokenizer_with(template, eos="<|im_end|>"):
 
 
 def stop_of(tokenizer):
-    """-> the eos token and the generation config's stop tokens after use_stop_token."""
+    """-> the eos token and all stop tokens after use_stop_token, which the model keeps too."""
     model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=0))
-    use_stop_token(tokenizer, model)
-    return tokenizer.eos_token, [tokenizer.decode(i) for i in model.generation_config.eos_token_id]
+    stops = use_stop_token(tokenizer, model)
+    assert model.generation_config.eos_token_id == stops
+    return tokenizer.eos_token, tokenizer.convert_ids_to_tokens(stops)
 
 
-@pytest.mark.parametrize("template, eos, wanted, noted", [
-    (QWEN, "<|im_end|>", "<|im_end|>", False),
-    (QWEN, "<|endoftext|>", "<|im_end|>", True),     # Qwen's base models
-    (QWEN, None, "<|im_end|>", True),
-    (BARE, "<|im_end|>", "<|im_end|>", False),       # nothing special ends a turn there
-    (None, "<|im_end|>", "<|im_end|>", False)])
-def test_the_stop_token_is_what_ends_a_turn(template, eos, wanted, noted, capsys):
+@pytest.mark.parametrize("template, eos", [
+    (QWEN, "<|im_end|>"),
+    (QWEN, "<|endoftext|>"),     # Qwen's base models
+    (QWEN, None),
+    (BARE, "<|im_end|>"),        # nothing special ends a turn there
+    (None, "<|im_end|>")])
+def test_the_stop_token_is_what_ends_a_turn(template, eos):
     """Token 0, <|endoftext|>, stays one of those that end an answer when it is sampled."""
-    assert stop_of(tokenizer_with(template, eos)) == (wanted, ["<|endoftext|>", wanted])
-    assert ("note: " in capsys.readouterr().out) == noted
+    stops = ["<|endoftext|>", "<|im_end|>"]
+    assert stop_of(tokenizer_with(template, eos)) == ("<|im_end|>", stops)
 
 
 @pytest.mark.parametrize("template", [BARE, None])
@@ -218,14 +218,30 @@ def test_context_to_the_token():
         encode([("q", "answer")], context=tokens - 1)
 
 
+def described(pairs, template=QWEN, **options):
+    """-> what describe() returns for encoded pairs."""
+    tokenizer = tokenizer_with(template)
+    rows, _ = encode(pairs, template, **options)
+    return describe(tokenizer, rows, [0, 1])
+
+
 def test_the_first_pair_is_printed_with_its_special_tokens(capsys):
-    encode([("q", "a")], system="be brief")
+    described([("q", "a")], system="be brief")
     said = capsys.readouterr().out
     assert (r"first pair: '<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nq<|im_end|>\n"
             r"<|im_start|>assistant\n' -> 'a<|im_end|>'") in said
     assert "note:" not in said
-    encode([("q", "a" * 600 + "b" * 300 + "c" * 390)], context=10_000)
+    described([("q", "a" * 600 + "b" * 300 + "c" * 390)], context=10_000)
     assert "a ... c" in capsys.readouterr().out         # ten characters of <|im_end|> at the end
+
+
+def test_lengths_are_printed_and_kept(capsys):
+    """Of 2, 2 and 5 bytes and the stop token: 12 tokens, 4 per trace; 3 and 6 in bins of one."""
+    about = described([("q", "aa"), ("q", "bb"), ("q", "ccccc")])
+    counts = {f"{n}-{n}": {3: 2, 6: 1}.get(n, 0) for n in range(3, 11)}
+    assert about == {"traces": 3, "tokens": 12, "histogram": counts}
+    said = capsys.readouterr().out
+    assert "12 tokens, 4 per trace" in said and f"3-3{2:8} {'#' * 34}\n" in said  # 50 x 2 / 3
 
 
 @pytest.mark.parametrize("template, answer, refused", [
@@ -240,7 +256,7 @@ def test_a_think_block_is_not_opened_twice(template, answer, refused):
 
 
 def test_a_prompt_that_ends_with_a_stop_token_is_noted(capsys):
-    encode([("q", "a")], BARE + "<|im_end|>")
+    described([("q", "a")], BARE + "<|im_end|>")
     assert "note: the prompt ends with a stop token" in capsys.readouterr().out
 
 
@@ -286,62 +302,10 @@ def test_bad_trace_files(content, message, tmp_path):
         load_traces(str(path))
 
 
-# sampling into a file
+# sampling
 
-PROBLEMS = [{"problem": f"p{i} ü", "answer": str(i)} for i in range(7)]
-WHOLE = [{"settings": "s", **row, "completions": [f"ü {row['answer']}"]} for row in PROBLEMS]
-
-
-@pytest.mark.parametrize("cut", [0, 1, 5, 60, 100])
-@pytest.mark.parametrize("rows", [4, 7])
-def test_a_file_that_was_cut_short_goes_on_to_the_byte(rows, cut, tmp_path):
-    """Batches of 2 of 7 problems. Four rows of 78 bytes and the last `cut` bytes lost: 4 rows are
-    left, or 3, whose batch is asked again, so 2. All 7: 7, or 6 when any byte is lost, and 4 when
-    100 are. What a batch replaces stays in the file until it is there."""
-    whole, path = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
-    write_sampled(whole, 0, WHOLE)
-    write_sampled(path, 0, WHOLE[:rows])
-    os.truncate(path, path.stat().st_size - cut)
-    damaged = path.read_bytes()
-    found, place = read_sampled(path, PROBLEMS, "s", 2)
-    if rows == 4:
-        wanted = 4 if cut == 0 else 2
-    else:
-        wanted = {0: 7, 100: 4}.get(cut, 6)
-    assert found == WHOLE[:wanted] and path.read_bytes() == damaged
-    for first in range(wanted, 7, 2):
-        place = write_sampled(path, place, WHOLE[first:first + 2])
-    assert path.read_bytes() == whole.read_bytes()
-
-
-@pytest.mark.parametrize("content", [
-    '{"problem": "p0 ü", "answer": "0"}', "notes", "notes\n", "null\n", '{"settings": "s"}\n',
-    '{"settings": "s", "problem": "p0 ü"\n{"settings": "s", "problem": "p1 ü"}\n'])
-def test_a_foreign_file_is_refused_and_kept(content, tmp_path):
-    """Also one whose single line has no newline."""
-    path = tmp_path / "mine.jsonl"
-    path.write_text(content)
-    with pytest.raises(BadInput, match="another --traces-out"):
-        read_sampled(path, PROBLEMS, "s", 2)
-    assert path.read_text() == content
-
-
-def test_other_settings_and_other_problems_are_refused(tmp_path):
-    """Also when the one line that is there was cut short. Fewer problems are a part."""
-    path = tmp_path / "traces.jsonl"
-    write_sampled(path, 0, WHOLE)
-    assert read_sampled(path, PROBLEMS[:3], "s", 2)[0] == WHOLE[:3]
-    for problems, settings in ((PROBLEMS, "other"), (PROBLEMS[1:], "s")):
-        with pytest.raises(BadInput, match="another --traces-out"):
-            read_sampled(path, problems, settings, 2)
-    os.truncate(path, 60)
-    assert read_sampled(path, PROBLEMS, "s", 2) == ([], 0)
-    with pytest.raises(BadInput, match="another --traces-out"):
-        read_sampled(path, PROBLEMS[1:], "s", 2)
-    assert read_sampled(tmp_path / "none.jsonl", PROBLEMS, "s", 2) == ([], 0)
-
-
-@pytest.mark.parametrize("keep, kept", [("verified", ["\\boxed{1}"]), ("all", ["x", "\\boxed{1}"])])
+@pytest.mark.parametrize("keep, kept", [
+    ("verified", ["\\boxed{1}", "\\boxed{1}"]), ("all", ["x", "\\boxed{1}", "\\boxed{1}"])])
 def test_what_is_kept_of_four_answers(keep, kept, monkeypatch):
     """A wrong one, a right one that was cut off, and a right one twice: 3 ended, 2 are right."""
     texts = ["x", "\\boxed{1}", "\\boxed{1}", "\\boxed{1}"]
@@ -351,7 +315,7 @@ def test_what_is_kept_of_four_answers(keep, kept, monkeypatch):
                            teacher_temperature=1.0, teacher_top_p=1.0)
     asked = [{"problem": "p", "answer": "1", "level": 3}]
     assert long_cot_sft.ask_teacher(None, load_tokenizer("tiny"), asked, "", 0, args) == [
-        {"problem": "p", "answer": "1", "completions": kept, "sampled": 4, "ended": 3, "right": 2}]
+        {"problem": "p", "answer": "1", "completions": kept, "ended": 3, "right": 2}]
 
 
 # the paper's benchmarks
@@ -403,13 +367,14 @@ def test_end_to_end(uninterrupted, tmp_path):
     folder, rows = uninterrupted
     lines = lines_of(folder / "traces.jsonl")
     assert len(lines) == 6
-    texts = []
+    texts = {}
     for line in lines:
-        assert line["sampled"] == 4 >= line["ended"] >= line["right"] >= len(line["completions"])
+        assert 4 >= line["ended"] >= line["right"] == len(line["completions"])
         assert all(reward(text, line) == 1 and "check" in text for text in line["completions"])
-        texts += line["completions"]
+        texts.update({(line["problem"], text): text for text in line["completions"]})
+    texts = list(texts.values())
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary["traces"]["traces"] == summary["sampling"]["kept"] == len(texts)
+    assert summary["traces"]["traces"] == len(texts)
     assert sum(summary["traces"]["histogram"].values()) == len(texts)
     assert {"reflection_before", "reflection_after", "avg_at_k_after"} <= summary.keys()
     tokenizer = load_tokenizer("tiny")
@@ -423,22 +388,16 @@ def test_end_to_end(uninterrupted, tmp_path):
     assert not (tmp_path / "2" / "traces.jsonl").exists()
 
 
-def test_short_chains_into_a_file_of_their_own(tmp_path, capsys):
-    """Short chains check nothing; --keep all keeps a wrong answer too; adapters are trained. A
-    second run goes on with the complete file and asks no teacher."""
-    flags = ["--teacher-style", "short", "--keep", "all", "--lora-rank", 2, "--eval-problems", 0,
-             "--traces-out", tmp_path / "deep" / "traces.jsonl"]
-    rows = main(*flags, output=tmp_path / "1")
-    lines = lines_of(tmp_path / "deep" / "traces.jsonl")
-    assert "teacher_temperature=0.7" in lines[0]["settings"]
+def test_short_chains(tmp_path):
+    """Short chains check nothing; --keep all keeps a wrong answer too; adapters are trained."""
+    flags = ["--teacher-style", "short", "--keep", "all", "--lora-rank", 2, "--eval-problems", 0]
+    rows = main(*flags, output=tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["flags"]["teacher_temperature"] == 0.7 and rows[0]["lr"] == 1e-2
+    lines = lines_of(tmp_path / "run" / "traces.jsonl")
     texts = [(text, line) for line in lines for text in line["completions"]]
     assert not any("check" in text for text, _ in texts)
     assert {reward(text, line) for text, line in texts} == {0.0, 1.0}
-    assert "tokens/s" in capsys.readouterr().err
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(long_cot_sft, "ask_teacher", None)
-        again = main(*flags, output=tmp_path / "2")
-    assert [row["loss"] for row in again] == [row["loss"] for row in rows]
 
 
 def interrupt_at(monkeypatch, name, call):
@@ -457,7 +416,8 @@ def interrupt_at(monkeypatch, name, call):
 @pytest.mark.parametrize("name, call, left", [("ask_teacher", 2, 2), ("as_rollout", 3, 6)],
                          ids=["sampling", "training"])
 def test_resume_gives_the_very_weights(name, call, left, uninterrupted, tmp_path, monkeypatch):
-    """Stopped in the second batch of traces, with a piece of it written, or in the third step."""
+    """Stopped in the second batch of traces, as it was being written, or in the third step. The
+    traces that are there are not sampled again."""
     folder, whole = uninterrupted
     monkeypatch.setattr(long_cot_sft, "ROWS", 8)
     with monkeypatch.context() as patch:
@@ -467,9 +427,16 @@ def test_resume_gives_the_very_weights(name, call, left, uninterrupted, tmp_path
     assert stop.value.code == 130 and len(whole) >= 3
     traces, complete = (tmp_path / "cut" / "traces.jsonl", (folder / "traces.jsonl").read_bytes())
     assert len(lines_of(traces)) == left
-    traces.write_bytes(complete[:traces.stat().st_size + 30])
+    (tmp_path / "cut" / "traces.jsonl.tmp").write_bytes(complete[:-30])
+    asked, ask = [], long_cot_sft.ask_teacher
+
+    def asking(teacher, tokenizer, problems, *args):
+        asked.extend(problems)
+        return ask(teacher, tokenizer, problems, *args)
+
+    monkeypatch.setattr(long_cot_sft, "ask_teacher", asking)
     long_cot_sft.main(["--resume", str(tmp_path / "cut")])
-    assert traces.read_bytes() == complete
+    assert len(asked) == 6 - left and traces.read_bytes() == complete
     one, two = (load_file(run / "model" / "model.safetensors") for run in (folder, traces.parent))
     assert all(torch.equal(one[name], two[name]) for name in one)
     for row, other in zip(whole, lines_of(tmp_path / "cut" / "metrics.jsonl"), strict=True):
@@ -496,13 +463,30 @@ def test_resume_with_other_traces_is_refused(tmp_path, capsys, monkeypatch):
     assert "traces have changed" in refused(["--resume", tmp_path / "run"], capsys)
 
 
+@pytest.mark.parametrize("change, message", [
+    (lambda lines: lines[1:], "not of these problems"),
+    (lambda lines: [*lines, lines[0]], "not of these problems"),       # more than are asked for
+    (lambda lines: ['{"problem": "p", "notes": 1}'], "not of these problems"),
+    (lambda lines: [lines[0], "half", lines[1]], "not JSON, line 2")])
+def test_resume_with_other_problems_is_refused(change, message, uninterrupted, tmp_path, capsys):
+    """Nothing is overwritten."""
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted[0], folder)
+    lines = (folder / "traces.jsonl").read_text().splitlines()
+    (folder / "traces.jsonl").write_text("\n".join(change(lines)) + "\n")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert message in refused(["--resume", folder], capsys)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
 def test_a_teacher_that_never_verifies(tmp_path, capsys):
-    """Two tokens are too few for an answer: one line with the counts and what to do, after 64 of
-    200 problems."""
-    flags = ["--teacher-problems", 200, "--samples", 4, "--teacher-max-new-tokens", 2]
-    said = refused([*flags, "--output", tmp_path / "run"], capsys)
-    assert "256 answers to 64 problems: " in said and "0 right, 0 kept (0.0%)" in said
-    assert "--teacher-max-new-tokens" in said
+    """Two tokens are too few for an answer: the counts, and one line."""
+    flags = ["--teacher-problems", 5, "--samples", 4, "--teacher-max-new-tokens", 2]
+    with pytest.raises(SystemExit) as stop:
+        long_cot_sft.main([*map(str, flags), "--output", str(tmp_path / "run")])
+    said = capsys.readouterr()
+    assert stop.value.code == 2 and "none of the 0 traces is left" in said.err
+    assert "20 answers to 5 problems: " in said.out and "0 right (0.0%)" in said.out
 
 
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, monkeypatch):
@@ -515,8 +499,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, monkeypatch)
             "--traces missing.jsonl": "--traces missing.jsonl: no such file",
             "--traces empty.jsonl": "no rows", "--traces foreign.jsonl": "it has text",
             "--traces long.jsonl": "none of the 1 traces",
-            "--traces-out foreign.jsonl": "another --traces-out",
-            f"--traces-out {tmp_path}": "directory", "--teacher no/such/model": "no/such/model",
+            "--teacher no/such/model": "no/such/model",
             "--teacher-max-new-tokens 512": "no room", "--samples 0": "at least 1",
             "--teacher-style medium": "invalid choice"}.items():
         assert message in refused(flags.split(), capsys), flags
@@ -532,7 +515,6 @@ def test_a_model_of_ones_own(tmp_path, capsys, monkeypatch):
     tokenizer.save_pretrained(tmp_path / "base")
     tokenizer_with(BARE, None).save_pretrained(tmp_path / "endless")
     main("--model", tmp_path / "base", output=tmp_path / "run")
-    assert "note: <|im_end|> ends an answer" in capsys.readouterr().out
     place = tmp_path / "run" / "model"
     assert AutoTokenizer.from_pretrained(place).eos_token == "<|im_end|>"
     saved = AutoModelForCausalLM.from_pretrained(place)
@@ -540,3 +522,20 @@ def test_a_model_of_ones_own(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(long_cot_sft, "sample_traces", None)
     said = refused(["--model", tmp_path / "endless", "--output", tmp_path / "no"], capsys)
     assert "no eos token" in said and not (tmp_path / "no").exists()
+
+
+def test_the_longest_answer_fits_a_small_context(tmp_path):
+    """A large model of 600 positions answers in 300 tokens, and not in 4,096; the embedded one, of
+    512, in 160."""
+    tokenizer = tokenizer_with(QWEN)
+    model = random_model("qwen3", len(tokenizer), hidden_size=264, max_position_embeddings=600)
+    model.save_pretrained(tmp_path / "large")
+    tokenizer.save_pretrained(tmp_path / "large")
+    traces = tmp_path / "traces.jsonl"
+    traces.write_text(json.dumps({"prompt": "q", "completion": "a"}))
+    for model, longest in ((tmp_path / "large", 300), ("tiny", 160)):
+        run = tmp_path / f"run {longest}"
+        flags = ["--model", model, "--traces", traces, "--eval-problems", 0, "--output", run]
+        long_cot_sft.main([*map(str, flags)])
+        config = json.loads((run / "config.json").read_text())
+        assert config["flags"]["max_new_tokens"] == longest

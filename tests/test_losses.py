@@ -253,3 +253,16 @@ def test_bupo_restates_the_loss_of_grpo(kwargs):
         results.append((loss.item(), x.grad.tolist(), metrics))
     assert results[0] == results[1]
     assert 0 < results[0][2]["clip_fraction"] < 1
+
+
+@pytest.mark.parametrize("value", [0.1, 0.7, -9.3, 1000.3])
+@pytest.mark.parametrize("advantages", [
+    grpo.group_advantages, bupo.group_advantages, kl3_grpo.group_advantages,
+    grpo.rloo_advantages, grpo.dr_grpo_advantages])
+@pytest.mark.parametrize("G", [2, 7, 16])
+def test_a_group_of_equal_rewards_gets_exactly_0(advantages, value, G):
+    """The mean of sixteen times 0.7 is not 0.7 in float32: rounding must not be trained on."""
+    rewards = torch.full((3, G), value)
+    rewards[2, 0] += 1  # a group with signal beside them
+    found = advantages(rewards)
+    assert (found[:2] == 0).all() and found[2].all()

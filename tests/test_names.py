@@ -33,12 +33,12 @@ NAMES = {
         "repetition_penalty(token_ids, ngram=40, penalty=-0.05)",
         "discounted_returns(rewards, gammas, mask)",
         "gae(rewards, values, mask, gamma=1.0, lam=1.0)",
-        "ppo_loss(logp, old_logp, advantages, mask, clip_low=0.2, clip_high=0.2, dual_clip=None, "
+        "ppo_loss(logp, old_logp, advantages, mask, clip_low=0.2, clip_high=0.2, "
         "denominator=None)",
         "value_loss(values, old_values, returns, mask, clip=0.2, denominator=None)"],
     "common.sampling": [
         "sample(model, tokenizer, prompts, n, max_new_tokens, temperature=1.0, top_p=1.0, "
-        "repetition_penalty=1.0, seed=0, max_rows=None, alone=False)"],
+        "seed=0, max_rows=None, alone=False)"],
     "common.logprobs": [
         "token_logprobs(hidden, weight, targets, temperature=1.0, chunk=None)",
         "response_logprobs(model, rollout, temperature=1.0, trunk=None)",

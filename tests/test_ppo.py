@@ -12,20 +12,19 @@ from conftest import random_model, rollout_of
 from safetensors.torch import load_file
 
 import ppo
-from common.models import causal_lm
 from common.sampling import Rollout
 from ppo import (
     LENGTH_REWARDS,
-    Critic,
+    build_critic,
     cosine_reward,
     discounted_returns,
     explained_variance,
     gae,
-    logp_and_values,
     mean_and_variance,
     ppo_loss,
     repetition_penalty,
     token_rewards,
+    token_values,
     value_loss,
     whiten,
 )
@@ -224,32 +223,17 @@ def test_policy_loss():
     assert metrics["clip_fraction"] == 0.5
 
 
-def test_dual_clip():
-    """c = 1.2: the third token above may not fall below 1.2 x -2 = -2.4, so it is cut as well and
-    has no gradient: 1.2 - 0.8 - 2.4 + 1 = -1. A ratio of 1.1 is below c and stays."""
-    logp = row(1.5, 0.5, 1.5, 0.5, 1.1).log().requires_grad_()
-    A, mask = row(1, -1, -2, 2, -1), row(1, 1, 1, 1, 0)
-    loss, metrics = ppo_loss(logp, torch.zeros(1, 5), A, mask, dual_clip=1.2)
-    loss.backward()
-    assert loss.item() == pytest.approx(0.25) and near(logp.grad, 0, 0, 0, -0.25, 0)
-    assert metrics["clip_fraction"] == 0.75
-    _, metrics = ppo_loss(logp, torch.zeros(1, 5), A, row(0, 0, 0, 0, 1), dual_clip=1.2)
-    assert metrics["clip_fraction"] == 0
-
-
-@pytest.mark.parametrize("ratio, A, dual_clip, loss, gradient, cut", [
-    (5.0, -2.0, 3.0, 6.0, 0.0, 1.0),      # c |A| = 6 < r |A| = 10: bounded, no gradient, clipped
-    (5.0, -2.0, None, 10.0, 10.0, 0.0),   # the loss is -r A, its derivative by logp as well
-    (5.0, 2.0, 3.0, -2.4, 0.0, 1.0),      # good tokens know only the clip, 1.2 x 2
-    (2.0, -2.0, 3.0, 4.0, 4.0, 0.0),
-    (0.5, -2.0, 3.0, 1.6, 0.0, 1.0),      # max(-1.6, -6): the lower clip
-    (0.5, 2.0, 3.0, -1.0, -1.0, 0.0),
-    (1.0, 0.0, 3.0, 0.0, 0.0, 0.0),
-    (5.0, 0.0, 3.0, 0.0, 0.0, 0.0),       # no advantage: no gradient, but no clip is the reason
+@pytest.mark.parametrize("ratio, A, loss, gradient, cut", [
+    (5.0, -2.0, 10.0, 10.0, 0.0),   # the loss is -r A, its derivative by logp as well: no bound
+    (5.0, 2.0, -2.4, 0.0, 1.0),     # the upper clip, 1.2 x 2
+    (0.5, -2.0, 1.6, 0.0, 1.0),     # the lower clip, 0.8 x -2
+    (0.5, 2.0, -1.0, -1.0, 0.0),
+    (1.0, 0.0, 0.0, 0.0, 0.0),
+    (5.0, 0.0, 0.0, 0.0, 0.0),      # no advantage: no gradient, but no clip is the reason
 ])
-def test_loss_gradient_and_clip_of_one_token(ratio, A, dual_clip, loss, gradient, cut):
+def test_loss_gradient_and_clip_of_one_token(ratio, A, loss, gradient, cut):
     logp = row(math.log(ratio)).requires_grad_()
-    found, metrics = ppo_loss(logp, row(0), row(A), row(1), dual_clip=dual_clip)
+    found, metrics = ppo_loss(logp, row(0), row(A), row(1))
     found.backward()
     assert found.item() == pytest.approx(loss) and logp.grad.item() == pytest.approx(gradient)
     assert metrics["clip_fraction"] == cut
@@ -283,82 +267,61 @@ def test_value_loss():
 
 # the critic
 
-def random_critic(kind):
-    critic = Critic(32, random_model("qwen3", seed=5).model if kind == "copy" else None)
-    with torch.no_grad():
-        critic.head.weight.normal_(generator=torch.Generator().manual_seed(1))
-        critic.head.bias.fill_(0.7)
-        critic.offset.fill_(-2)
-    return critic
+def critic_of(model, folder):
+    """build_critic on a model's folder."""
+    model.save_pretrained(folder)
+    (folder / "tokenizer_config.json").write_text("{}")
+    args = SimpleNamespace(model=str(folder), device="cpu", dtype="float32", lora_rank=0)
+    return build_critic(args, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("kind", ["copy", "shared"])
-def test_values_are_of_the_state_before_each_token(kind):
+def test_values_are_of_the_state_before_each_token(tmp_path):
     """Enumerated: V of token t is the head on the last state of prompt + answer[:t], run alone,
-    plus the offset. So the last token changes no value, the one before it only the last; and the
-    log-probs are the model's. A critic at its start says 0."""
+    plus the offset. So the last token changes no value, the one before it only the last. A critic
+    at its start says 0; the gradient reaches the head and all blocks."""
     model = random_model("qwen3")
-    critic = random_critic(kind)
-    trunk = critic.trunk if kind == "copy" else model.model
+    critic = critic_of(model, tmp_path)
     rollout = rollout_of([[5, 6, 7], [9], [8, 4]], torch.tensor([4, 2, 6]))
+    assert (token_values(critic, rollout) == 0).all()
     with torch.no_grad():
-        logp, values = logp_and_values(model, critic, rollout)
+        critic.lm_head.weight.normal_(generator=torch.Generator().manual_seed(1))
+        critic.lm_head.bias.fill_(0.7)
+        critic.offset.fill_(-2)
+        values = token_values(critic, rollout)
         for b, prompt in enumerate(rollout.prompts):
             said = rollout.tokens[b].tolist()
             length = int(rollout.lengths[b])
-            assert logp[b, length:].abs().sum() == values[b, length:].abs().sum() == 0
+            assert (values[b, length:] == 0).all()
             for t in range(length):
                 ids = torch.tensor([prompt + said[:t]])
-                value = critic.head(trunk(ids).last_hidden_state[0, -1]).item() - 2
-                own = model(ids).logits[0, -1].log_softmax(-1)[said[t]].item()
+                state = model.model(ids).last_hidden_state[0, -1]
+                value = (critic.lm_head.weight[0] @ state).item() + 0.7 - 2
                 assert values[b, t].item() == pytest.approx(value, abs=1e-4)
-                assert logp[b, t].item() == pytest.approx(own, abs=1e-4)
         for place, changed in ((3, []), (2, [3])):
             other = copy.deepcopy(rollout)
             other.tokens[0, place] += 1
-            moved = (logp_and_values(model, critic, other)[1] - values).abs()[0] > 1e-6
+            moved = (token_values(critic, other) - values).abs()[0] > 1e-6
             assert moved.nonzero()[:, 0].tolist() == changed
-        fresh = Critic(32, critic.trunk)
-        assert (logp_and_values(model, fresh, rollout)[1] == 0).all()
+    token_values(critic, rollout).sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in critic.model.layers.parameters())
+    assert critic.lm_head.bias.grad == 12
 
 
-def test_values_are_float32_where_matrix_products_are_not():
+def test_values_are_float32_where_matrix_products_are_not(tmp_path):
     """Under bfloat16 autocast a value of 257 would become 256 or 258."""
-    model = random_model("qwen3")
-    causal_lm(model).compute_dtype = torch.bfloat16
-    critic = Critic(32)
+    critic = critic_of(random_model("qwen3"), tmp_path)
+    critic.compute_dtype = torch.bfloat16
     critic.offset.fill_(257)
     with torch.no_grad():
-        _, values = logp_and_values(model, critic, rollout_of([[5, 6]], torch.tensor([3])))
+        values = token_values(critic, rollout_of([[5, 6]], torch.tensor([3])))
     assert values.dtype == torch.float32 and (values[0, :3] == 257).all()
 
 
-def test_whose_weights_the_value_loss_trains():
-    """The states come from a trunk of its own, and the policy gets nothing; or from the policy's,
-    all but the unembedding."""
-    model, rollout = random_model("qwen3"), rollout_of([[5, 6]], torch.tensor([3]))
-    own, shared = random_critic("copy"), random_critic("shared")
-    logp_and_values(model, own, rollout)[1].sum().backward()
-    assert all(p.grad is None for p in model.parameters())
-    assert all(p.grad.abs().sum() > 0 for p in own.trunk.layers.parameters())
-    logp_and_values(model, shared, rollout)[1].sum().backward()
-    assert model.lm_head.weight.grad is None
-    assert all(p.grad.abs().sum() > 0 for p in model.model.layers.parameters())
-    assert set(shared.state_dict()) == {"head.weight", "head.bias", "offset"}
-
-
 def test_critic_of_a_large_model_saves_its_activations(tmp_path):
-    """Wider than 256 the trunk keeps one input per block and computes again, as the policy does."""
-    wide = random_model("qwen3").config
-    wide.hidden_size = 264
-    model = type(random_model("qwen3"))(wide)
-    model.save_pretrained(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text("{}")
-    args = SimpleNamespace(model=str(tmp_path), device="cpu", dtype="float32", lora_rank=0,
-                           critic="copy")
-    critic = ppo.build_critic(args, model)
-    assert critic.trunk.training
-    assert all(block.gradient_checkpointing for block in critic.trunk.layers)
+    """Wider than 256 it keeps one input per block and computes again, as the policy does."""
+    critic = critic_of(random_model("qwen3", hidden_size=264), tmp_path)
+    assert critic.training
+    assert all(block.gradient_checkpointing for block in critic.model.layers)
 
 
 # the script
@@ -378,15 +341,13 @@ def without_times(rows):
     return [{k: v for k, v in at.items() if not k.startswith(times)} for at in rows]
 
 
-NAMES = {"reward", "score", "length", "loss", "value_loss", "clip_fraction", "value_clip_fraction",
-         "explained_variance", "exceeded", "repeated", "grad_norm", "critic_grad_norm", "gap_max"}
+NAMES = {"reward", "score", "length", "loss", "value_loss", "clip_fraction", "grad_norm",
+         "explained_variance", "exceeded", "repeated", "gap_max"}
 
 
 @pytest.mark.parametrize("flags", [
-    "--critic shared --group-size 1",
-    "--length-reward none --penalty 0 --lam 0.9 --kl-coef 0 --dual-clip 10",
-    "--length-reward A --margin 12", "--lora-rank 2 --penalty-gamma 1",
-    "--dtype bfloat16 --critic shared"])
+    "--group-size 1", "--length-reward none --penalty 0 --kl-coef 0",
+    "--length-reward A --margin 12", "--lora-rank 2 --penalty-gamma 1", "--dtype bfloat16"])
 def test_two_steps(flags, tmp_path):
     rows = run(*flags.split(), output=tmp_path / "run")
     names = NAMES if "--kl-coef 0" in flags else NAMES | {"kl"}
@@ -395,8 +356,7 @@ def test_two_steps(flags, tmp_path):
         assert names <= set(at) and all(math.isfinite(at[name]) for name in names), at
     noise = 0.02 if "bfloat16" in flags else 1e-4  # a reference has no float32 weights there
     assert rows[0].get("kl", 0) == pytest.approx(0, abs=noise)
-    if "--lam" not in flags:  # a critic at its start is constant
-        assert rows[0]["explained_variance"] == pytest.approx(0, abs=1e-3)
+    assert rows[0]["explained_variance"] == pytest.approx(0, abs=1e-3)  # a new critic is constant
     if "--lora-rank" not in flags:
         before = load_file(ROOT / "common" / "tiny" / "model.safetensors")
         after = load_file(tmp_path / "run" / "model" / "model.safetensors")
@@ -433,8 +393,7 @@ def test_the_kl_is_split_over_both_rewards(tmp_path, monkeypatch):
     assert (rewards[0] + kl).sum().item() / 4 == pytest.approx(rows[1]["score"], rel=1e-3)
 
 
-@pytest.mark.parametrize("critic", ["copy", "shared"])
-def test_micro_batches_change_nothing(critic, tmp_path, monkeypatch):
+def test_micro_batches_change_nothing(tmp_path, monkeypatch):
     """The gradients of the first update, of policy and critic, whether an answer at a time or all
     at once."""
     found, clip = [], ppo.clip_grad_norm_
@@ -445,8 +404,7 @@ def test_micro_batches_change_nothing(critic, tmp_path, monkeypatch):
         return clip(weights, max_norm)
     monkeypatch.setattr(ppo, "clip_grad_norm_", noting)
     for name, budget in (("one", 1), ("all", 10_000)):
-        flags = ["--steps", 1, "--critic", critic, "--micro-batch-tokens", budget]
-        run(*flags, output=tmp_path / name)
+        run("--steps", 1, "--micro-batch-tokens", budget, output=tmp_path / name)
     assert len(found) == 8
     for i in (0, 1):
         assert len(found[i]) == len(found[i + 4]) > 0
@@ -472,10 +430,10 @@ def test_an_update_that_is_not_finite_is_left_out(tmp_path, monkeypatch):
     assert all(torch.equal(before[name].to(x.dtype), x) for name, x in after.items())
 
 
-@pytest.mark.parametrize("flags", ["--critic copy", "--critic shared", "--lora-rank 2"])
+@pytest.mark.parametrize("flags", ["", "--lora-rank 2"])
 def test_resume_gives_the_very_weights(flags, tmp_path, monkeypatch):
-    """Two steps at once, and two that break off after the first: policy, critic and both
-    optimisers alike to the bit, and every row of metrics."""
+    """Two steps at once, and two that break off after the first: policy, critic and optimiser
+    alike to the bit, and every row of metrics."""
     whole = run(*flags.split(), output=tmp_path / "whole")
     log = ppo.Run.log
 
@@ -491,9 +449,10 @@ def test_resume_gives_the_very_weights(flags, tmp_path, monkeypatch):
     ppo.main(["--resume", str(tmp_path / "cut")])
     first, second = (torch.load(tmp_path / name / "checkpoint.pt") for name in ("whole", "cut"))
     assert first["step"] == second["step"] == 2
-    assert first["parts"].keys() == {"optimizer", "critic", "critic_optimizer"}
-    assert first["parts"]["critic"]["head.weight"].abs().sum() > 0
-    assert first["parts"]["critic"]["offset"] != 0
+    assert first["parts"].keys() == {"optimizer", "critic"}
+    prefix = "base_model.model." if "--lora-rank" in flags else ""
+    assert first["parts"]["critic"][prefix + "lm_head.weight"].abs().sum() > 0
+    assert first["parts"]["critic"][prefix + "offset"] != 0
     assert_same(first, second)
     name = "adapter_model.safetensors" if "--lora-rank" in flags else "model.safetensors"
     first, second = (load_file(tmp_path / folder / "model" / name) for folder in ("whole", "cut"))
@@ -518,11 +477,10 @@ def assert_same(a, b):
 
 @pytest.mark.parametrize("flags, message", [
     ("--kl-coef -1", "at least 0"), ("--gamma 1.1", "at most 1"), ("--penalty 0.1", "at most 0"),
-    ("--penalty-gamma -0.1", "at least 0"), ("--lam 2", "at most 1"), ("--ngram 0", "at least 1"),
-    ("--critic none", "invalid choice"), ("--critic-lr 0", "above 0"),
-    ("--margin -1", "at least 0"),
+    ("--penalty-gamma -0.1", "at least 0"), ("--ngram 0", "at least 1"),
+    ("--critic-lr 0", "above 0"), ("--margin -1", "at least 0"),
     ("--length-reward D", "invalid choice"), ("--value-clip 0", "above 0"),
-    ("--dual-clip 1", "above 1"), ("--updates-per-rollout 3", "divisible by"),
+    ("--updates-per-rollout 3", "divisible by"),
     ("--group-size 0", "at least 1"), ("--reward cosine", "--reward"),
 ])
 def test_bad_input_is_one_line_and_code_2(flags, message, tmp_path, capsys, monkeypatch):
@@ -533,11 +491,3 @@ def test_bad_input_is_one_line_and_code_2(flags, message, tmp_path, capsys, monk
     assert stop.value.code == 2 and len(error) == 1
     assert error[0].startswith("error: ") and message in error[0]
     assert not os.listdir(tmp_path)
-
-
-def test_resume_with_another_critic_is_refused(tmp_path, capsys):
-    run("--steps", 1, output=tmp_path / "run")
-    with pytest.raises(SystemExit) as stop:
-        ppo.main(["--resume", str(tmp_path / "run"), "--steps", "2", "--critic", "shared"])
-    assert stop.value.code == 2
-    assert "cannot be gone on with" in capsys.readouterr().err
