@@ -128,7 +128,7 @@ FIRST = {
     "EM lr 1.5e-4": em("--lr 1.5e-4"),
     "loss T 1": em("--loss-temperature 1"),
     "loss T 1.5": em("--loss-temperature 1.5"),
-    "sampled as the script": em("--top-p 0.95 --repetition-penalty 1.15"),
+    "top-p 0.95": em("--top-p 0.95"),
     "first token only": em(prepare=first_token_only),
     "all but the first": em("--authors-mask"),
     "4 problems": em("--shots 4"),

@@ -92,8 +92,9 @@ class Watched(Run):
             own.replace(cache)
         return result
 
-    def log(self, step, rollout=None, rewards=None, parts=(), grad_norms=(), **values):
-        super().log(step, rollout, rewards, parts, grad_norms, **values)
+    def log(self, step, problems=(), rollout=None, rewards=None, parts=(), grad_norms=(),
+            **values):
+        super().log(step, problems, rollout, rewards, parts, grad_norms, **values)
         self.last = (rollout, rewards)
         if (step + 1) % self.arm.every == 0:
             self.look(step + 1)
@@ -323,7 +324,9 @@ def kept(result: dict) -> dict:
         if not name.startswith(NOT_KEPT):
             by_step[name] = [row.get(name) for row in result["rows"]]
     origin = {name: result[name] for name in ("seed", "commit", "versions")}
-    return {**origin, **result["summary"], "by_step": by_step, "probe": result["probe"],
+    summary = {name: value for name, value in result["summary"].items()
+               if not name.startswith("by_problem")}  # right_after says the same in less
+    return {**origin, **summary, "by_step": by_step, "probe": result["probe"],
             "at_the_end": result["after"]}
 
 

@@ -71,8 +71,8 @@ def four_passes(run, _optimizer) -> None:
     def batch_four_times(*args, **kwargs):
         return batch_of(*args, **kwargs) * PASSES
 
-    def sample_once(model, tokenizer, prompts, **kwargs):
-        rollout = sample(model, tokenizer, prompts[:len(prompts) // PASSES], **kwargs)
+    def sample_once(model, tokenizer, prompts, *args, **kwargs):
+        rollout = sample(model, tokenizer, prompts[:len(prompts) // PASSES], *args, **kwargs)
         rows = torch.arange(len(rollout.texts))
         return rollout[rows.repeat(PASSES)]
 

@@ -1,6 +1,6 @@
 """Demystifying Long CoT's claims on the embedded model -> results/long_cot.{json,md} and figures.
 
-    python -m analysis.long_cot_results     # 14 fine-tunings, 25 RL runs, five seeds: 90 minutes
+    python -m analysis.long_cot_results     # 14 fine-tunings, 24 RL runs, five seeds: 90 minutes
     python -m analysis.long_cot_results --parts problems --seeds 3      # the first table alone
 
 Chains are sampled from a teacher (long, short, N answers per problem), or kept without
@@ -79,7 +79,6 @@ FILTERED = {"silver filtered": sft(f"--traces {LABELS}/agreeing-{{seed}}.jsonl {
 CLASSIC = "--length-reward none --penalty 0"
 MAIN = {
     "base, cosine": rl(""),
-    "base, critic in the policy's trunk": rl("--critic shared", GREEN),
     "base, cosine, limit 56": rl("", limit=56),
     "base, classic, limit 56": rl(CLASSIC, VERMILION, limit=56),
     "base, reward A": rl("--length-reward A", VERMILION),
