@@ -22,7 +22,6 @@ from common.sampling import sample
 from common.verify import extract_answer, verify
 
 TEMPERATURES = (0.0, 0.3, 0.6, 1.0, 1.5)
-STOPS = (0.7, 0.5, 0.3, 0.2)
 LOOKS = (0, 2, 4, 6, 8, 10, 15, 16, 20, 25, 30, 35, 40)
 STYLES = ("direct", "short", "long")
 STYLED = ("EM", "first token only", "all but the first", "16 problems")
@@ -221,10 +220,17 @@ def premise_table() -> str:
             groups["all, without the first token"][right].append((problem, rest[i].item()))
             groups[style_of(text)][right].append((problem, entropy[i].item()))
         for name in ("all", "all, without the first token", *STYLES):
-            found = groups[name]
-            values = {right: mean([value for _, value in found[right]]) for right in found}
-            rows.append([T, name, len(found[True]), len(found[False]), f"{values[True]:.3f}",
-                         f"{values[False]:.3f}", gap(found, len(problems))])
+            right = [value for _, value in groups[name][True]]
+            wrong = [value for _, value in groups[name][False]]
+            rows.append([
+                T,
+                name,
+                len(right),
+                len(wrong),
+                f"{mean(right):.3f}",
+                f"{mean(wrong):.3f}",
+                gap(groups[name], len(problems)),
+            ])
     heads = ["temperature", "answers", "right", "wrong", "entropy of the right, nats per token",
              "of the wrong", "wrong minus right"]
     return ex.table(heads, rows)
@@ -233,25 +239,6 @@ def premise_table() -> str:
 def near(result, key: str, update: int) -> float:
     """Mean over the look after `update` updates and its neighbours: one look is 512 answers."""
     return mean([look[key] for look in result["probe"] if abs(look["step"] - update) <= 1])
-
-
-def entropy_falls(result, share: float) -> int:
-    """Updates made when the entropy is first below a share of its first value; all if never."""
-    entropies = [row["entropy"] for row in result["rows"]]
-    for update, entropy in enumerate(entropies):
-        if entropy < share * entropies[0]:
-            return update
-    return len(entropies)
-
-
-def agreement_falls(result) -> int:
-    """Updates made when the agreement is first seen to fall, three looks against the three
-    before."""
-    votes = [look["agreement"] for look in result["probe"]]
-    for i in range(5, len(votes)):
-        if sum(votes[i - 2:i + 1]) < sum(votes[i - 5:i - 2]):
-            return i
-    return len(votes) - 1
 
 
 def arms_table(results) -> str:
@@ -291,25 +278,6 @@ def course_table(results) -> str:
     return ex.table(heads, rows)
 
 
-def stops_table(results) -> str:
-    runs = results["EM 40 updates"]
-    peaks = []
-    for run in runs:
-        peaks.append(max(near(run, "accuracy", look["step"]) for look in run["probe"]))
-    rows = [["the peak itself (needs labels)", "", ex.spread(peaks), ""]]
-    stopped = {"10 updates": [10] * len(runs)}
-    stopped["agreement of answers falls"] = [agreement_falls(run) for run in runs]
-    for share in STOPS:
-        name = f"entropy below {share} of its start"
-        stopped[name] = [entropy_falls(run, share) for run in runs]
-    for name, updates in stopped.items():
-        there = []
-        for run, update in zip(runs, updates, strict=True):
-            there.append(near(run, "accuracy", min(update, run["probe"][-1]["step"])))
-        rows.append([name, ex.spread(updates, 0), ex.spread(there), ex.paired(peaks, there)])
-    return ex.table(["rule", "updates", "accuracy where it stops", "below the seed's peak"], rows)
-
-
 def at_temperature(results, name: str, T: float, key: str = "accuracy") -> list[float]:
     return [result["after"]["temperatures"][str(T)][key] for result in results[name]]
 
@@ -320,17 +288,6 @@ def heat_table(results) -> str:
         cells = [ex.spread(at_temperature(results, name, T)) for name in FOUR]
         rows.append([T or "greedy", *cells])
     return ex.table(["temperature of the evaluation", *FOUR], rows)
-
-
-def form_table(results) -> str:
-    rows = []
-    for name in FOUR:
-        row = [name]
-        for key in ("accuracy", "parsed", "accuracy_parsed", "length"):
-            row.append(f"{mean(at_temperature(results, name, 1.0, key)):.3f}")
-        rows.append(row)
-    heads = ["at temperature 1", "accuracy", "parsed", "accuracy of the parsed", "tokens"]
-    return ex.table(heads, rows)
 
 
 def logit(results, name: str, kind: str, key: str) -> list[float]:
@@ -433,9 +390,7 @@ def every_arm(args) -> None:
         "arms": arms_table(results),
         "pairs": pairs_table(results, seeds),
         "course": course_table(results),
-        "stops": stops_table(results),
         "heat": heat_table(results),
-        "form": form_table(results),
         "logits": logits_table(results),
     })
     figure, axes = ex.plt.subplots(1, 3, figsize=(14, 4.4), constrained_layout=True)

@@ -257,8 +257,11 @@ def crossed(a: list[dict], b: list[dict]) -> float:
     anew: of a two-way table, seeds by problems (Cameron, Gelbach and Miller's sum of variances)."""
     table = []
     for x, y in zip(a, b, strict=True):
-        pairs = zip(x["summary"]["right_after"], y["summary"]["right_after"], strict=True)
-        table.append([(int(p) - int(q)) / 8 for p, q in pairs])
+        x_right, y_right = x["summary"]["right_after"], y["summary"]["right_after"]
+        row = []
+        for p, q in zip(x_right, y_right, strict=True):
+            row.append((int(p) - int(q)) / 8)
+        table.append(row)
     cells = [cell for row in table for cell in row]
     by_seed = standard_error([mean(row) for row in table])
     by_problem = standard_error([mean(column) for column in zip(*table, strict=True)])
@@ -324,8 +327,9 @@ def kept(result: dict) -> dict:
         if not name.startswith(NOT_KEPT):
             by_step[name] = [row.get(name) for row in result["rows"]]
     origin = {name: result[name] for name in ("seed", "commit", "versions")}
-    summary = {name: value for name, value in result["summary"].items()
-               if not name.startswith("by_problem")}  # right_after says the same in less
+    summary = dict(result["summary"])
+    for when in ("before", "after"):
+        summary.pop(f"by_problem_{when}", None)  # right_<when> says the same in less
     return {**origin, **summary, "by_step": by_step, "probe": result["probe"],
             "at_the_end": result["after"]}
 

@@ -27,6 +27,7 @@ NO_GATE = "--delta 1e9"
 PASSES = 4
 SOFTER = 1.5  # what divides the logits of the less certain model
 ACTING_SIZE = f"{SIZE} --updates-per-rollout {2 * PASSES} --model {{runs}}/softer"
+MEASURES = ("ratio", "kl3", "kl1", "abs_kl1")
 BINS = (0.0, 0.01, 0.1, 0.5, 0.9, 1.0)
 DELTAS = (0.02, 0.05, 0.1, 0.2)
 STYLES = dict(zip(DELTAS, ("-", "--", "-.", ":"), strict=True))
@@ -89,17 +90,15 @@ for delta, line_style in STYLES.items():
     for measure, line_colour in (("ratio", BLUE), ("kl3", GREEN)):
         flags = f"--measure {measure} --delta {delta}"
         ARMS[f"{measure} {delta}"] = gate(flags, line_colour, line_style)
-ACTING = {"none": NO_GATE}
-for measure in ("ratio", "kl3", "kl1", "abs_kl1"):
-    ACTING[f"{measure} 0.02"] = f"--measure {measure}"
-COLOURS = (GREY, BLUE, GREEN, VERMILION, PURPLE)
-for (name, flags), line_colour in zip(list(ACTING.items()), COLOURS, strict=True):
-    ACTING[name] = Arm("kl3_grpo.py", f"{ACTING_SIZE} {flags}", line_colour, "-", probe,
-                       prepare=four_passes)
-ONE = f"{SIZE} --updates-per-rollout 1 --steps 6 --eval-problems 0"
-ONCE = {"none, one update": Arm("kl3_grpo.py", f"{ONE} {NO_GATE}")}
-for measure in ("ratio", "kl2", "kl3"):
-    ONCE[f"{measure}, one update"] = Arm("kl3_grpo.py", f"{ONE} --measure {measure}")
+
+
+def acting(flags: str, color) -> Arm:
+    return Arm("kl3_grpo.py", f"{ACTING_SIZE} {flags}", color, "-", probe, prepare=four_passes)
+
+
+ACTING = {"none": acting(NO_GATE, GREY)}
+for measure, line_colour in zip(MEASURES, (BLUE, GREEN, VERMILION, PURPLE), strict=True):
+    ACTING[f"{measure} 0.02"] = acting(f"--measure {measure}", line_colour)
 
 
 def equal_reward(results, name: str, goal: float = 0.5) -> list[float]:
@@ -248,20 +247,6 @@ def mass_table(results) -> str:
     return ex.table(heads, rows)
 
 
-def once_table(once) -> str:
-    found = {}
-    for name, (result, *_) in once.items():
-        found[name] = []
-        for row in result["rows"]:
-            found[name].append([row[key] for key in ("reward", "length", "loss", "grad_norm")])
-    first = next(iter(found.values()))
-    rows = []
-    for name, values in found.items():
-        same = "equal to the first line in every digit"
-        rows.append([name, same if values == first else "different"])
-    return ex.table(["gate", "rewards, lengths, losses and gradient norms of six steps"], rows)
-
-
 def draw_measures(axis) -> None:
     w = np.linspace(0.3, 2.2, 400)
     axis.plot(w, w - 1 - np.log(w), color=GREEN, linewidth=2.2, label="KL3: w - 1 - log w")
@@ -346,13 +331,10 @@ def main():
 
 def every_arm(args) -> None:
     results = ex.Results(ex.runs("kl3", ARMS, args))
-    args.seeds = 1
-    once = ex.runs("kl3", ONCE, args)
     ex.write("kl3_grpo", results, {
         "arms": arms_table(results),
         "width": width_table(results),
         "mass": mass_table(results),
-        "once": once_table(once),
     })
     figure, axes = ex.plt.subplots(1, 2, figsize=(13, 4.4), constrained_layout=True)
     draw_measures(axes[0])
