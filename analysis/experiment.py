@@ -263,8 +263,9 @@ def crossed(a: list[dict], b: list[dict]) -> float:
             row.append((int(p) - int(q)) / 8)
         table.append(row)
     cells = [cell for row in table for cell in row]
+    columns = zip(*table, strict=True)
     by_seed = standard_error([mean(row) for row in table])
-    by_problem = standard_error([mean(column) for column in zip(*table, strict=True)])
+    by_problem = standard_error([mean(column) for column in columns])
     variance = by_seed ** 2 + by_problem ** 2 - standard_error(cells) ** 2
     return math.sqrt(max(0.0, variance))
 

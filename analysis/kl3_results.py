@@ -92,13 +92,13 @@ for delta, line_style in STYLES.items():
         ARMS[f"{measure} {delta}"] = gate(flags, line_colour, line_style)
 
 
-def acting(flags: str, color) -> Arm:
+def acting_gate(flags: str, color) -> Arm:
     return Arm("kl3_grpo.py", f"{ACTING_SIZE} {flags}", color, "-", probe, prepare=four_passes)
 
 
-ACTING = {"none": acting(NO_GATE, GREY)}
+ACTING = {"none": acting_gate(NO_GATE, GREY)}
 for measure, line_colour in zip(MEASURES, (BLUE, GREEN, VERMILION, PURPLE), strict=True):
-    ACTING[f"{measure} 0.02"] = acting(f"--measure {measure}", line_colour)
+    ACTING[f"{measure} 0.02"] = acting_gate(f"--measure {measure}", line_colour)
 
 
 def equal_reward(results, name: str, goal: float = 0.5) -> list[float]:
