@@ -13,8 +13,6 @@ from functools import partial
 
 import torch
 
-import bupo as bupo_script
-import grpo
 from analysis import experiment as ex
 from analysis import internal
 from analysis.experiment import BLUE, GREEN, ORANGE, PURPLE, VERMILION, Arm, mean
@@ -135,32 +133,22 @@ def one_block(number: int, run, _optimizer) -> None:
     causal_lm(run.model).model.layers[number - 1].requires_grad_(True)
 
 
-def dual_clip(_run, _optimizer) -> None:
-    """BuPO with the dual clip of its authors' code, a tenfold ratio; GRPO's file has the loss."""
-    def clipped(logp, old_logp, advantages, mask, clip_low, clip_high, denominator):
-        return grpo.grpo_loss(logp, old_logp, advantages, mask, clip_low, clip_high, 10,
-                              denominator)
-    bupo_script.grpo_loss = clipped
-
-
 def scaled(scale: int) -> str:
     return f"--model {{runs}}/scale-{scale}"
 
 
-FOUR = "--updates-per-rollout 4 --lr 1e-4"
 LAYERS = {"GRPO": AGAIN["GRPO"]}
 for block in range(1, 8):
     if block == BOUNDARY:
         LAYERS["BuPO"] = AGAIN["BuPO"]
     else:
         LAYERS[f"BuPO, block {block}"] = bupo(f"--layer {block}")
-for scale in SCALES:
-    LAYERS[f"GRPO, scale {scale}"] = Arm("grpo.py", f"{EVAL} {scaled(scale)}")
-    LAYERS[f"BuPO, scale {scale}"] = bupo(scaled(scale))
-LAYERS["GRPO, four updates"] = Arm("grpo.py", f"{EVAL} {FOUR} --dual-clip 10")
-LAYERS["BuPO, four updates"] = bupo(FOUR, prepare=dual_clip)
 for block in (4, 6):
     LAYERS[f"GRPO, block {block} alone"] = Arm("grpo.py", EVAL, prepare=partial(one_block, block))
+SCALED = {"GRPO": AGAIN["GRPO"], "BuPO": AGAIN["BuPO"]}
+for scale in SCALES:
+    SCALED[f"GRPO, scale {scale}"] = Arm("grpo.py", f"{EVAL} {scaled(scale)}")
+    SCALED[f"BuPO, scale {scale}"] = bupo(scaled(scale))
 
 
 def depth_table() -> str:
@@ -276,10 +264,8 @@ def together_table(results) -> str:
 
 def control(name: str) -> str:
     """The run without a first phase that an arm is to be compared with."""
-    scale_or_updates = name.partition(", ")[2]
-    if name.startswith("BuPO, ") and f"GRPO, {scale_or_updates}" in LAYERS:
-        return f"GRPO, {scale_or_updates}"
-    return "GRPO"
+    own = name.replace("BuPO", "GRPO")
+    return own if own in SCALED and own != name else "GRPO"
 
 
 def layers_table(results) -> str:
@@ -405,7 +391,7 @@ def draw_passes(results) -> None:
 
 
 def main():
-    args = ex.arguments(__doc__, seeds=5, parts=("arms", "again", "layers"))
+    args = ex.arguments(__doc__, seeds=5, parts=("arms", "again", "layers", "scales"))
     if "arms" in args.parts:
         results = ex.Results(ex.runs("bupo", ARMS, args, first=5))
         ex.write("bupo", results, {
@@ -422,10 +408,12 @@ def main():
         tables = {"again": again_table(again), "together": together_table(again)}
         ex.write("bupo_again", again, tables, page="bupo")
     if "layers" in args.parts:
-        args.seeds = min(args.seeds, 3)
-        write_scaled()
         layers = ex.Results(ex.runs("bupo", LAYERS, args, first=10))
         ex.write("bupo_layers", layers, {"layers": layers_table(layers)}, page="bupo")
+    if "scales" in args.parts:
+        write_scaled()
+        scales = ex.Results(ex.runs("bupo", SCALED, args, first=10))
+        ex.write("bupo_scales", scales, {"scales": layers_table(scales)}, page="bupo")
 
 
 if __name__ == "__main__":

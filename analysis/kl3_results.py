@@ -193,6 +193,20 @@ def acting_table(results) -> str:
         "seeds (in brackets: with the problems drawn anew as well). " + ex.apart(usual))
 
 
+def pair_table(results) -> str:
+    """KL3 and the ratio of its width where they act, with two more seeds."""
+    kl3, ratio = "kl3 0.02", "ratio 0.02"
+    rows = []
+    for seed, difference in enumerate(ex.differences(results.accuracy(kl3),
+                                                     results.accuracy(ratio))):
+        rows.append([seed, f"{results.accuracy(kl3)[seed]:.3f}",
+                     f"{results.accuracy(ratio)[seed]:.3f}", f"{difference:+.3f}"])
+    mean_row = ex.paired(results.accuracy(kl3), results.accuracy(ratio))
+    rows.append(["all", f"{mean(results.accuracy(kl3)):.3f}",
+                 f"{mean(results.accuracy(ratio)):.3f}", mean_row])
+    return ex.table(["seed", kl3, ratio, "difference"], rows)
+
+
 def readings(results, name: str) -> list[list[float]]:
     """What KL3 and the ratio of the same width are compared by, a number per seed each."""
     return [
@@ -338,8 +352,12 @@ def main():
     if "acting" in args.parts:
         write_softer()
         acting = ex.Results(ex.runs("kl3_acting", ACTING, args))
-        ex.write("kl3_acting", acting, {"acting": acting_table(acting)}, page="kl3_grpo")
         draw_acting(acting)
+        args.seeds += 2  # more of the two that are compared
+        pair = {name: ACTING[name] for name in ("ratio 0.02", "kl3 0.02")}
+        pair = ex.Results(ex.runs("kl3_acting", pair, args))
+        tables = {"acting": acting_table(acting), "pair": pair_table(pair)}
+        ex.write("kl3_acting", {**acting, **pair}, tables, page="kl3_grpo")
     if "arms" in args.parts:
         every_arm(args)
 
