@@ -8,6 +8,7 @@ is less certain of its tokens and every rollout is gone through four times, so t
 leaves the one that sampled and gates act. Accuracy: 8 answers to each of 1,024 held-out problems.
 """
 import math
+from functools import partial
 
 import numpy as np
 import torch
@@ -194,17 +195,23 @@ def acting_table(results) -> str:
 
 
 def pair_table(results) -> str:
-    """KL3 and the ratio of its width where they act, with two more seeds."""
-    kl3, ratio = "kl3 0.02", "ratio 0.02"
+    """KL3 and the ratio of its width where they act, with two more seeds. A run's end is one
+    moment of a policy that swings from rollout to rollout, so the rewards stand beside it."""
+    heads = ["seed", "accuracy at the end: kl3 0.02", "ratio 0.02", "difference",
+             "reward, mean of all rollouts: kl3 0.02", "ratio 0.02", "difference"]
+    columns = []
+    differences = []
+    for reading in (results.accuracy, partial(results.metric, key="reward")):
+        kl3, ratio = reading("kl3 0.02"), reading("ratio 0.02")
+        columns += [kl3, ratio, ex.differences(kl3, ratio)]
+        differences.append(ex.paired(kl3, ratio))
     rows = []
-    for seed, difference in enumerate(ex.differences(results.accuracy(kl3),
-                                                     results.accuracy(ratio))):
-        rows.append([seed, f"{results.accuracy(kl3)[seed]:.3f}",
-                     f"{results.accuracy(ratio)[seed]:.3f}", f"{difference:+.3f}"])
-    mean_row = ex.paired(results.accuracy(kl3), results.accuracy(ratio))
-    rows.append(["all", f"{mean(results.accuracy(kl3)):.3f}",
-                 f"{mean(results.accuracy(ratio)):.3f}", mean_row])
-    return ex.table(["seed", kl3, ratio, "difference"], rows)
+    for seed, values in enumerate(zip(*columns, strict=True)):
+        rows.append([seed, *(f"{value:.3f}" for value in values)])
+    means = [f"{mean(column):.3f}" for column in columns]
+    means[2], means[5] = differences
+    rows.append(["all", *means])
+    return ex.table(heads, rows)
 
 
 def readings(results, name: str) -> list[list[float]]:
