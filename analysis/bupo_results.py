@@ -13,13 +13,16 @@ from functools import partial
 
 import torch
 
-import bupo as bupo_script
-import grpo
 from analysis import experiment as ex
 from analysis import internal
 from analysis.experiment import BLUE, GREEN, ORANGE, PURPLE, VERMILION, Arm, mean
 from common.data import encode_prompt, load_problems
-from common.internal_policy import block_streams, entropy_changes, internal_entropies
+from common.internal_policy import (
+    block_streams,
+    boundary_layer,
+    entropy_changes,
+    internal_entropies,
+)
 from common.logprobs import response_logprobs
 from common.models import causal_lm, load_model, load_tokenizer
 from common.sampling import join, sample
@@ -126,7 +129,7 @@ NAMES = list(ARMS)
 AGAIN = {}
 for name in ("GRPO", "BuPO", "GRPO frozen below"):
     AGAIN[name] = replace(ARMS[name], probe=None)
-SCALES = {1: 7, 4: 2}  # of the stream as it was trained (the embedded model: 2) -> its boundary
+SCALES = (1, 2, 4)  # of the stream: 1 as it was trained, 2 the embedded model
 
 
 def one_block(number: int, run, _optimizer) -> None:
@@ -135,30 +138,12 @@ def one_block(number: int, run, _optimizer) -> None:
     causal_lm(run.model).model.layers[number - 1].requires_grad_(True)
 
 
-def dual_clip(_run, _optimizer) -> None:
-    """BuPO with the dual clip of its authors' code, a tenfold ratio; GRPO's file has the loss."""
-    def clipped(logp, old_logp, advantages, mask, clip_low, clip_high, denominator):
-        return grpo.grpo_loss(logp, old_logp, advantages, mask, clip_low, clip_high, 10,
-                              denominator)
-    bupo_script.grpo_loss = clipped
-
-
-def scaled(scale: int) -> str:
-    return f"--model {{runs}}/scale-{scale}"
-
-
-FOUR = "--updates-per-rollout 4 --lr 1e-4"
 LAYERS = {"GRPO": AGAIN["GRPO"]}
 for block in range(1, 8):
     if block == BOUNDARY:
         LAYERS["BuPO"] = AGAIN["BuPO"]
     else:
         LAYERS[f"BuPO, block {block}"] = bupo(f"--layer {block}")
-for scale in SCALES:
-    LAYERS[f"GRPO, scale {scale}"] = Arm("grpo.py", f"{EVAL} {scaled(scale)}")
-    LAYERS[f"BuPO, scale {scale}"] = bupo(scaled(scale))
-LAYERS["GRPO, four updates"] = Arm("grpo.py", f"{EVAL} {FOUR} --dual-clip 10")
-LAYERS["BuPO, four updates"] = bupo(FOUR, prepare=dual_clip)
 for block in (4, 6):
     LAYERS[f"GRPO, block {block} alone"] = Arm("grpo.py", EVAL, prepare=partial(one_block, block))
 
@@ -270,47 +255,51 @@ def together_table(results) -> str:
             cells.append(f"{mean(found):+.3f} ± {error:.3f}" if found else "not run")
         positive = sum(difference > 0 for difference in together)
         rows.append([f"{name} minus {other}", *cells, f"{positive} of {len(together)}"])
-    heads = ["difference, paired by seed", "seeds 0 to 4", "5 to 9", "10 to 14", "all", "positive"]
+    these = f"10 to {9 + len(results['BuPO'])}"
+    heads = ["difference, paired by seed", "seeds 0 to 4", "5 to 9", these, "all", "positive"]
     return ex.table(heads, rows)
-
-
-def control(name: str) -> str:
-    """The run without a first phase that an arm is to be compared with."""
-    scale_or_updates = name.partition(", ")[2]
-    if name.startswith("BuPO, ") and f"GRPO, {scale_or_updates}" in LAYERS:
-        return f"GRPO, {scale_or_updates}"
-    return "GRPO"
 
 
 def layers_table(results) -> str:
     rows = []
-    for name in results:
-        other = control(name)
-        layer = results[name][0]["summary"].get("layer", "")
+    for name in LAYERS:
+        row = [name, ex.spread(results.accuracy(name))]
+        for other in ("GRPO", "BuPO"):
+            row.append("" if name == other else minus(results, name, other))
         rows.append([
-            name,
-            layer,
-            ex.spread(results.accuracy(name)),
-            "" if name == "GRPO" else other,
-            "" if name == "GRPO" else minus(results, name, other),
+            *row,
             f"{mean(results.pass_at(name, 8)):.3f}",
             f"{mean(results.summary(name, 'length_after')):.0f}",
             ex.spread(results.metric(name, "entropy", last=4)),
         ])
-    heads = ["arm", "block of the first phase", "Avg@8", "compared with", "minus that", "Pass@8",
-             "tokens", "entropy, last 4 steps"]
+    heads = ["arm", "Avg@8", "minus GRPO", "minus BuPO (block 5)", "Pass@8", "tokens",
+             "entropy, last 4 steps"]
     return ex.table(heads, rows)
 
 
-def write_scaled() -> None:
-    """The embedded model with its stream at other scales, which changes none of its answers."""
-    args = internal.Args(device="cpu")
+def scales_table() -> str:
+    """Where the boundary lies when the stream has another scale, which changes no answer."""
+    tokenizer = load_tokenizer("tiny")
+    problems = load_problems("arithmetic", held_out=True, count=100)
+    prompts = [encode_prompt(tokenizer, row["problem"]) for row in problems]
+    rows = []
+    texts = []
     for scale in SCALES:
-        place = ex.ROOT / "runs" / "analysis" / "bupo" / f"scale-{scale}"
-        model = load_model(args, trained=False)
+        model = load_model(internal.Args(device="cpu"), trained=False)
         scale_residual(model, scale / 2)
-        model.save_pretrained(place)
-        load_tokenizer("tiny").save_pretrained(place)
+        answers = sample(model, tokenizer, prompts, 1, 96)
+        texts.append(answers.texts)
+        view = internal.rollout_view(model, answers, 4096)["entropy"]
+        change = entropy_changes(view)["ffn"]
+        last = 1 + int(change.gt(0).nonzero().max())
+        found = ", ".join(f"{value:+.2f}" for value in change.tolist())
+        rows.append([scale, boundary_layer(change), last, found])
+    equal = sum(text == texts[0] for text in texts)
+    heads = ["scale", "boundary: end of the first rises", "last block whose FFN raises entropy",
+             "FFN change of blocks 1 to 8, nats"]
+    return ex.table(heads, rows) + (
+        f"\nScales with the same {len(prompts)} answers, letter by letter: {equal} of "
+        f"{len(SCALES)}.\n")
 
 
 def inside_readings() -> dict:
@@ -422,10 +411,9 @@ def main():
         tables = {"again": again_table(again), "together": together_table(again)}
         ex.write("bupo_again", again, tables, page="bupo")
     if "layers" in args.parts:
-        args.seeds = min(args.seeds, 3)
-        write_scaled()
         layers = ex.Results(ex.runs("bupo", LAYERS, args, first=10))
-        ex.write("bupo_layers", layers, {"layers": layers_table(layers)}, page="bupo")
+        tables = {"layers": layers_table(layers), "scales": scales_table()}
+        ex.write("bupo_layers", layers, tables, page="bupo")
 
 
 if __name__ == "__main__":

@@ -114,26 +114,24 @@ class Watched(Run):
         return result
 
 
-def one(job) -> dict:
-    """One run, in this process; what it prints goes to <run>.log."""
+def one(job) -> None:
+    """Makes a run, in this process; what it prints goes to <run>.log."""
     folder, arm, flags, commit = job
-    if not (folder / "commit.txt").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        torch.set_num_threads(1)
-        script = importlib.import_module(arm.script.removesuffix(".py"))
-        script.Run = Watched
-        Watched.arm = arm
-        with open(f"{folder}.log", "w") as log, contextlib.ExitStack() as stack:
-            stack.enter_context(contextlib.redirect_stdout(log))
-            stack.enter_context(contextlib.redirect_stderr(log))
-            try:
-                script.main([*flags, "--output", str(folder)])
-            except SystemExit as error:
-                raise RuntimeError(f"{arm.script} {' '.join(flags)}: see {log.name}") from error
-        (folder / "checkpoint.pt").unlink(missing_ok=True)
-        (folder / "commit.txt").write_text(commit)
-    return read(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    script = importlib.import_module(arm.script.removesuffix(".py"))
+    script.Run = Watched
+    Watched.arm = arm
+    with open(f"{folder}.log", "w") as log, contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(log))
+        stack.enter_context(contextlib.redirect_stderr(log))
+        try:
+            script.main([*flags, "--output", str(folder)])
+        except SystemExit as error:
+            raise RuntimeError(f"{arm.script} {' '.join(flags)}: see {log.name}") from error
+    (folder / "checkpoint.pt").unlink(missing_ok=True)
+    (folder / "commit.txt").write_text(commit)
 
 
 def read(folder: pathlib.Path) -> dict:
@@ -178,8 +176,11 @@ def runs(experiment: str, arms: dict[str, Arm], args, first: int = 0) -> dict[st
             flags += ["--seed", str(seed), *args.more.split()]
             folder = base / f"{name.replace(' ', '_').replace('/', '_')}-{seed}"
             jobs.append((folder, arm, flags, commit))
-    with multiprocessing.get_context("spawn").Pool(args.workers, maxtasksperchild=1) as pool:
-        done = list(tqdm(pool.imap(one, jobs), experiment, total=len(jobs), unit="run"))
+    missing = [job for job in jobs if not (job[0] / "commit.txt").exists()]
+    if missing:
+        with multiprocessing.get_context("spawn").Pool(args.workers, maxtasksperchild=1) as pool:
+            list(tqdm(pool.imap(one, missing), experiment, total=len(missing), unit="run"))
+    done = [read(folder) for folder, *_ in jobs]
     return {name: done[number::len(arms)] for number, name in enumerate(arms)}
 
 

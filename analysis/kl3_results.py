@@ -8,6 +8,7 @@ is less certain of its tokens and every rollout is gone through four times, so t
 leaves the one that sampled and gates act. Accuracy: 8 answers to each of 1,024 held-out problems.
 """
 import math
+from functools import partial
 
 import numpy as np
 import torch
@@ -192,6 +193,26 @@ def acting_table(results) -> str:
         "seeds (in brackets: with the problems drawn anew as well). " + ex.apart(usual))
 
 
+def pair_table(results) -> str:
+    """KL3 and the ratio of its width where they act, with two more seeds. A run's end is one
+    moment of a policy that swings from rollout to rollout, so the rewards stand beside it."""
+    heads = ["seed", "accuracy at the end: kl3 0.02", "ratio 0.02", "difference",
+             "reward, mean of all rollouts: kl3 0.02", "ratio 0.02", "difference"]
+    columns = []
+    differences = []
+    for reading in (results.accuracy, partial(results.metric, key="reward")):
+        kl3, ratio = reading("kl3 0.02"), reading("ratio 0.02")
+        columns += [kl3, ratio, ex.differences(kl3, ratio)]
+        differences.append(ex.paired(kl3, ratio))
+    rows = []
+    for seed, values in enumerate(zip(*columns, strict=True)):
+        rows.append([seed, *(f"{value:.3f}" for value in values)])
+    means = [f"{mean(column):.3f}" for column in columns]
+    means[2], means[5] = differences
+    rows.append(["all", *means])
+    return ex.table(heads, rows)
+
+
 def readings(results, name: str) -> list[list[float]]:
     """What KL3 and the ratio of the same width are compared by, a number per seed each."""
     return [
@@ -323,8 +344,12 @@ def main():
     if "acting" in args.parts:
         write_softer()
         acting = ex.Results(ex.runs("kl3_acting", ACTING, args))
-        ex.write("kl3_acting", acting, {"acting": acting_table(acting)}, page="kl3_grpo")
         draw_acting(acting)
+        args.seeds += 2  # more of the two that are compared
+        pair = {name: ACTING[name] for name in ("ratio 0.02", "kl3 0.02")}
+        pair = ex.Results(ex.runs("kl3_acting", pair, args))
+        tables = {"acting": acting_table(acting), "pair": pair_table(pair)}
+        ex.write("kl3_acting", {**acting, **pair}, tables, page="kl3_grpo")
     if "arms" in args.parts:
         every_arm(args)
 
