@@ -20,13 +20,15 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 
 import torch
 import transformers
 from tqdm import tqdm
 
+from common.checkpoint import load_checkpoint, save_checkpoint, save_model
 from common.data import drop_long_prompts, encode_prompt, fingerprint, load_train_and_eval
-from common.distributed import everyone, rank, size, split_like, total, whole
+from common.distributed import everyone, rank, size, total
 from common.evaluate import describe, evaluate, mean_and_error
 from common.flags import BadInput, read_config
 from common.models import causal_lm, load_model, load_tokenizer, memory_estimate
@@ -271,16 +273,7 @@ class Run:
         """A checkpoint after `step` steps, if one is due."""
         if step % max(1, self.args.steps // SAVES) and step < self.args.steps:
             return
-        weights = {name: p.data for name, p in self.model.named_parameters() if p.requires_grad}
-        parts = {name: part.state_dict() for name, part in self.parts.items()}
-        state = whole({"step": step, "weights": weights, "parts": parts})
-        if rank() == 0:
-            place = self.folder / "checkpoint.pt"
-            try:
-                torch.save(state, place.with_suffix(".tmp"))
-            except RuntimeError as error:  # what torch raises where the disk is full
-                raise OSError(f"{place} cannot be written: is the disk full?") from error
-            place.with_suffix(".tmp").replace(place)
+        save_checkpoint(self.folder / "checkpoint.pt", step, self.model, self.parts)
 
     def restore(self) -> int:
         """Weights and optimisers of the last checkpoint -> its step, 0 if there is none."""
@@ -288,18 +281,7 @@ class Run:
         if not place.exists():
             print(f"going on in {self.folder}, which has no checkpoint yet")
             return 0
-        try:
-            state = torch.load(place, "cpu", weights_only=True, mmap=True)
-            step = state["step"]
-            with torch.no_grad():
-                for name, weight in self.model.named_parameters():
-                    if weight.requires_grad:
-                        weight.copy_(split_like(state["weights"][name], weight))
-            for name, part in self.parts.items():
-                load_part(part, state["parts"][name])
-        except Exception as error:  # a damaged file fails in any way it likes
-            reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-            raise BadInput(f"--resume {self.folder}: cannot be gone on with, {reason}") from error
+        step = load_checkpoint(place, self.model, self.parts)
         if step > self.args.steps:
             raise BadInput(f"--steps {self.args.steps}: {step} are done already")
         print(f"going on from step {step} of {self.args.steps} in {self.folder}")
@@ -310,7 +292,10 @@ class Run:
         result = None
         self.bar.close()
         self.summary["seconds"] = round(time.perf_counter() - self.started, 1)
-        self.save_model()
+        base = None
+        if self.args.merge:
+            base = partial(load_model, self.args, trained=False, split=False)
+        save_model(self.folder, self.model, self.tokenizer, base)
         if self.held_out:
             result = self.measure("after")
             before, after = self.summary["by_problem_before"], self.summary["by_problem_after"]
@@ -325,29 +310,6 @@ class Run:
         print(f"\nmodel: {self.folder}/model   metrics: {self.folder}/metrics.jsonl   "
               f"figure: python -m analysis.plot {self.folder}")
         return result
-
-    def save_model(self) -> None:
-        """model/, an ordinary save_pretrained folder, or adapters in peft's format and merged/."""
-        adapters = hasattr(self.model, "peft_config")
-        dtype = causal_lm(self.model).compute_dtype
-        tied = self.model.config.tie_word_embeddings
-        state = {}
-        for name, weight in self.model.state_dict().items():
-            copied = name == "lm_head.weight" and tied
-            if "lora_" in name or not adapters and not copied:
-                state[name] = weight.to(dtype)
-        state = whole(state)
-        if rank() > 0:
-            return
-        self.model.config.dtype = dtype
-        self.model.save_pretrained(self.folder / "model", state_dict=state)
-        self.tokenizer.save_pretrained(self.folder / "model")
-        if adapters and self.args.merge:
-            base = load_model(self.args, trained=False, split=False)
-            from peft import PeftModel
-            merged = PeftModel.from_pretrained(base, self.folder / "model").merge_and_unload()
-            merged.save_pretrained(self.folder / "merged")
-            self.tokenizer.save_pretrained(self.folder / "merged")
 
 
 def some_answers(step: int, problems: list[dict], rollout, rewards) -> list[dict]:
@@ -419,16 +381,3 @@ def write_whole(path: pathlib.Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
-
-
-def load_part(part, state: dict) -> None:
-    """load_state_dict where tensors may be split over ranks; learning rates stay as they are."""
-    now = part.state_dict()
-    if isinstance(part, torch.optim.Optimizer):
-        weights = [p for group in part.param_groups for p in group["params"]]
-        for i, moments in state["state"].items():
-            state["state"][i] = {k: split_like(v, weights[i]) for k, v in moments.items()}
-        state["param_groups"] = now["param_groups"]
-    else:
-        state = {name: split_like(value, now[name]) for name, value in state.items()}
-    part.load_state_dict(state)
