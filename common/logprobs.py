@@ -8,8 +8,9 @@ is needed. Only the states that predict answer tokens meet the vocabulary, a chu
 """
 import torch
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
-from common.distributed import everyone, gather_rest
+from common.distributed import everyone, gather_rest, rank
 from common.models import autocast, causal_lm
 from common.sampling import join
 
@@ -83,8 +84,9 @@ def old_logprobs(model, rollout, rows, budget: int, temperature: float = 1.0, tr
     return logp
 
 
-def micro_batches(rollout, rows: torch.Tensor, budget: int) -> list[torch.Tensor]:
-    """Row numbers (N,) in parts with rows x longest row <= budget tokens, prompt and answer.
+def micro_batches(rollout, rows: torch.Tensor, budget: int):
+    """Row numbers (N,) in parts with rows x longest row <= budget tokens, prompt and answer; a
+    long pass over them shows a bar.
 
     Sorted by length, so that a part has little padding; a longer row is a part of its own. Ranks
     compute together, so one that has fewer parts gets empty ones.
@@ -103,7 +105,8 @@ def micro_batches(rollout, rows: torch.Tensor, budget: int) -> list[torch.Tensor
     most = max(everyone(len(parts)))
     while len(parts) < most:
         parts.append([])
-    return [torch.tensor(part, dtype=torch.long, device=rows.device) for part in parts]
+    parts = [torch.tensor(part, dtype=torch.long, device=rows.device) for part in parts]
+    return tqdm(parts, "micro-batches", delay=5, leave=False, disable=rank() > 0)
 
 
 def largest_gap(logp: torch.Tensor, rollout) -> float:

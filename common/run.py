@@ -123,14 +123,15 @@ class Run:
         self.made = True
         versions = {"torch": torch.__version__, "transformers": transformers.__version__,
                     "python": platform.python_version()}
-        self.write("config.json", {
+        config = {
             "script": self.name,
             "flags": {**vars(self.args), "output": str(self.folder)},
             "command": sys.argv,
             "data": self.data,
             "device": str(causal_lm(self.model).device),
             "commit": commit(),
-            "versions": versions})
+            "versions": versions}
+        self.write("config.json", json.dumps(config, indent=1))
 
     def begin(self, **parts) -> int:
         """Makes the folder or restores its checkpoint, evaluates -> the first step to make.
@@ -145,11 +146,11 @@ class Run:
         if len(self.rows) != first:
             raise BadInput(f"--resume {self.folder}: metrics.jsonl has lost rows")
         self.make_folder()
-        self.append("metrics.jsonl", self.rows, "w")  # rows of steps that are made again go
-        self.append("rollouts.jsonl", answers, "w")
+        self.write("metrics.jsonl", json_lines(self.rows))  # without steps that are made again
+        self.write("rollouts.jsonl", json_lines(answers))
         if first == 0 and self.held_out and "avg_at_k_before" not in self.summary:
             self.measure("before")
-        self.write("summary.json", self.summary)
+        self.write_summary()
         self.track = None
         if rank() == 0:
             flags = {**vars(self.args), "output": str(self.folder)}
@@ -168,14 +169,17 @@ class Run:
         rows = [read_json(line, path) for line in lines]
         return [row for row in rows if row["step"] <= step]
 
-    def write(self, name: str, value: dict) -> None:
+    def write(self, name: str, text: str) -> None:
         if rank() == 0:
-            write_whole(self.folder / name, json.dumps(value, indent=1))
+            write_whole(self.folder / name, text)
 
-    def append(self, name: str, rows: list[dict], mode: str = "a") -> None:
+    def write_summary(self) -> None:
+        self.write("summary.json", json.dumps(self.summary, indent=1))
+
+    def append(self, name: str, rows: list[dict]) -> None:
         if rank() == 0:
-            with open(self.folder / name, mode, encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
+            with open(self.folder / name, "a", encoding="utf-8") as file:
+                file.write(json_lines(rows))
 
     def lap(self, part: str) -> None:
         """Adds the seconds since the last lap to `seconds_<part>` of this step."""
@@ -304,9 +308,8 @@ class Run:
             for row in result["answers"][:3]:
                 print(f"  {str(row['problem'])[-300:]}  gold {row['answer']}")
                 print(f"    reward {row['rewards'][0]:g}: {row['responses'][0][:600]}")
-        self.write("summary.json", self.summary)
-        if rank() == 0:
-            write_whole(self.folder / "model" / "README.md", model_card(self))
+        self.write_summary()
+        self.write("model/README.md", model_card(self))
         print(f"\nmodel: {self.folder}/model   metrics: {self.folder}/metrics.jsonl   "
               f"figure: python -m analysis.plot {self.folder}")
         return result
@@ -374,6 +377,10 @@ def read_json(text: str, place: pathlib.Path) -> dict:
         return dict(json.loads(text))
     except (ValueError, TypeError) as error:
         raise BadInput(f"{place}: damaged, {error}") from error
+
+
+def json_lines(rows: list[dict]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def write_whole(path: pathlib.Path, text: str) -> None:
