@@ -1,17 +1,15 @@
 r"""Answer verifier: does the final answer of a response equal the gold answer?
 
-verify(text, gold) -> 0.0 or 1.0; extract_answer and equivalent are its two halves.
-
-Policy.
-1. Values are equal, not spellings: 0.5 = \frac12 = 1/2. A rounded decimal of a value that does not
-   end is wrong. A percent sign is ignored: 28\% is 28 and not 0.28.
+verify(text, gold) -> 0.0 or 1.0; extract_answer and equivalent are its two halves. Policy:
+1. Values count, not spellings: 0.5 = \frac12 = 1/2, 0.\overline{3} = 1/3. A rounded decimal of a
+   value that does not end is wrong. A percent sign is ignored: 28\% is 28 and not 0.28.
 2. A number (or x = number) as gold wants the work done: one root, power, fraction or function
-   value, but no sum or product of numbers except 3 \times 10^8, and no 84/2 for 42. Where the gold
-   keeps such a form (1+\sqrt2, 2^{10}-1), so may the answer. x = 2 is not 2x = 4.
+   value, but no sum or product of numbers except 3 \times 10^8, no 84/2 for 42, no e^{\ln 5}.
+   Where the gold keeps such a form (1+\sqrt2, 2^{10}-1), so may the answer. 2x = 4 is not x = 2.
 3. Units and currencies are ignored where one side has none; two known and different ones differ.
    "5 million" is 5000000.
 4. Tuples keep their order, intervals their ends, numerals their base; lists and sets have no order.
-   \pm is two values. Several inequalities only match as a string.
+   \pm is two values. x < 1 or x > 2 is (-\infty,1) \cup (2,\infty), a column vector a tuple.
 5. A leading `x =` is ignored; other equations are equal side by side, in either order.
 6. Text ignores case and articles; letters of a text do not commute. A choice is its letter.
 7. The last box is the answer, boxes side by side are one list, text up to </think> does not count.
@@ -19,14 +17,8 @@ Policy.
 
 The text comes from a model that is trained to please this function, so nothing is executed, every
 size is bounded, and what cannot be computed only matches as a string.
-
-    python -m common.verify pairs.jsonl   # rows text (pred), gold, right (expect): accuracy, speed
 """
-import json
 import re
-import sys
-import time
-from collections import Counter
 
 from common import mathequal as math
 
@@ -35,13 +27,16 @@ GROUP = ""
 for _ in range(12):  # braces nested this deep; an escaped one does not count
     GROUP = rf"(?:[^{{}}\\]|\\.|\{{{GROUP}\}})*+"
 BOX = re.compile(
-    rf"(?s)\\(?:boxed|fbox)\s*(?:\{{({GROUP})\}}|\{{|([-+]?\d[\d.,]*\b|[A-Za-z]\b))")
-GLUE = re.compile(r"(?:(?!\n\n)[\s$,;&]|\\[()]|\\q?quad|\\text\s*\{\s*(?:and|or)\s*\}|and|or)*")
+    rf"(?s)\\(?:boxed|fbox|framebox)\s*(?:\{{({GROUP})\}}|\{{|([-+]?\d[\d.,]*\b|[A-Za-z]\b))")
+GLUE = re.compile(  # between boxes that are one list: x=\boxed{1}$ or $x=\boxed{2}
+    r"(?:(?!\n\n)[\s$,;&]|\\[()]|\\q?quad|\\text\s*\{\s*(?:and|or)\s*\}|and|or|[A-Za-z]\s*=)*+")
 DRAFT = re.compile(r"(?s)^.*</think>|<think>.*|<\|\w+\|>|</s>")
 PHRASE = re.compile(
-    r"(?i)####|<answer>|\banswers?\b[^\n.]{0,40}?(?:\bis\b|\bare\b|:|=)(?!\s*(?:clear|correct|right"
-    r"|wrong|helpful|useful|not\b))|^[#*_ ]*(?:final )?answers?[*_ ]*:?[*_ ]*\n", re.MULTILINE)
+    r"(?i)####|<answer>|\b(?:answers?|ans|correct (?:option|choice))\b[^\n.?]{0,40}?"
+    r"(?:\b(?:is|are|be|equals)\b|:|=)(?!\s*(?:clear|correct|right|wrong|helpful|useful|not\b))"
+    r"|^[#*_ ]*(?:final )?answers?[*_ ]*:?[*_ ]*\n", re.MULTILINE)
 CONTENT = re.compile(r"(?s:\\\[(.+?)\\\]|\$\$(.+?)\$\$)|(.+?)(?:</answer>|[.!]\**\s|\n|$)")
+
 LIST = re.compile(r"\d{3}(?:, ?\d{3})+")
 
 
@@ -50,7 +45,7 @@ def extract_answer(text: str) -> str | None:
 
     None if there is no answer, or if the last box is empty or never closed. Never raises.
     """
-    tail = DRAFT.sub("", str(text)[-MAX_TAIL:])
+    tail = DRAFT.sub("", text[-MAX_TAIL:]) if isinstance(text, str) else ""
     boxes = boxed(tail)
     if boxes:
         return ", ".join(dict.fromkeys(boxes)) if all(boxes) else None
@@ -100,25 +95,23 @@ def same(a: str, g: str) -> bool:
         return True
     if math.is_text(a) or math.is_text(g):
         return math.plain(a) == math.plain(g)
+    if re.search(r'"|[A-Za-z]{4}|(?i:[ap]\.?m)', a) and math.words(a) == math.words(g):
+        return True
     if not a or not g:
         return False
-    if a[0] == "(" or g[0] == "(":
+    if "(" in (a[0], g[0]):
         a, g = math.as_tuple(a), math.as_tuple(g)
+    if bool(re.search("[∨∧]", a)) != bool(re.search("[∨∧]", g)):
+        a, g = math.stated(a) or a, math.stated(g) or g
     left, right = math.items(a), math.items(g)
     if len(left) == len(right) == 1:
         return same_single(left[0], right[0])
-    if len(left) == 1:
-        says = math.stated(a)
-        return says != "" and same(says, g)
-    if len(right) == 1:
-        says = math.stated(g)
-        return says != "" and same(a, says)
-    return not math.INEQUALITY.search(a + g) and same_members(left, right)
-
-
-def same_members(left: list[str], right: list[str]) -> bool:
-    """Whether two lists have the same members in any order."""
-    for x in left:
+    if len(left) == 1 or len(right) == 1:
+        a, g = (math.stated(a), g) if len(left) == 1 else (a, math.stated(g))
+        return bool(a and g) and same(a, g)
+    if math.INEQUALITY.search(a + g) and math.split(a, ",∪∨∧")[1] != math.split(g, ",∪∨∧")[1]:
+        return False
+    for x in left:  # the members of two lists, in any order
         match = next((y for y in right if same(x, y)), None)
         if match is None:
             return False
@@ -140,7 +133,8 @@ def same_single(a: str, g: str) -> bool:
 def verify(text: str, gold: str) -> float:
     """1.0 if the final answer of a response equals the gold answer, else 0.0. Never raises."""
     answer = extract_answer(text)
-    return float(answer is not None and equivalent(answer, gold))
+    known = answer is not None and isinstance(gold, str | int | float)
+    return float(known and equivalent(answer, gold))
 
 
 reward = verify
@@ -149,29 +143,3 @@ reward = verify
 def parses(gold: str) -> bool:
     """Whether a gold answer can be compared at all: not empty, not too long. Never raises."""
     return len(str(gold)) <= math.MAX_CHARS and bool(math.normalize(str(gold)))
-
-
-def main(path: str = "") -> None:
-    """Print accuracy and speed on labelled rows; a row whose label is null is left out."""
-    rows = []
-    try:
-        for line in open(path, encoding="utf-8"):
-            row = json.loads(line)
-            label = row["right"] if "right" in row else row["expect"]
-            if label is not None:
-                rows.append((row.get("text", row.get("pred")), row["gold"], label))
-        start = time.perf_counter()
-        found = [verify(text, gold) == 1 for text, gold, _ in rows]
-        rate = len(rows) / (time.perf_counter() - start)
-        labels = [label == 1 for *_, label in rows]
-        pairs = Counter(zip(labels, found, strict=True))
-        right = (pairs[True, True] + pairs[False, False]) / len(rows)
-    except (OSError, ValueError, LookupError, TypeError, ArithmeticError) as error:
-        print(f"error: {path}: give a file of rows text, gold, right ({error})", file=sys.stderr)
-        raise SystemExit(2) from None
-    print(f"{len(rows)} pairs, {rate:.0f} per second, {right:.2%} right; wrongly accepted "
-          f"{pairs[False, True]}, wrongly refused {pairs[True, False]}")
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:2])
