@@ -17,8 +17,7 @@ from itertools import accumulate, pairwise
 import mpmath
 
 MAX_CHARS, MAX_TOKENS, MAX_BRACKETS, MAX_ITEMS = 1_500, 400, 100, 30  # of an answer
-MAX_DIGITS = 60  # of a number
-MAX_LOG, MAX_FACTORIAL = 10**5, 5_000  # |log| of a power, argument of n!
+MAX_DIGITS, MAX_LOG, MAX_FACTORIAL = 60, 10**5, 5_000  # of a number, of |log x^y|, of n in n!
 
 mp = mpmath.mp.clone()  # a context of its own: the caller's precision stays as it is
 mp.dps = 110
@@ -192,6 +191,7 @@ TOKEN = re.compile(
 END = " "
 CALL = re.compile(  # f(x+1), I(0), u(x, t), dy/dx: a function without a value
     r"\\frac ?\{ ?(?:d|\\partial)(?![a-z]{2}).*?\{ ?(?:d|\\partial) ?[a-z]|\bd\w ?/ ?d\w|"
+    r"(?<![\\A-Za-z])[A-Za-z]{4}|"  # a word is no product
     r"(?<![A-Za-z\\_])(?:[fg]'*|[A-Za-z](?:_\w)?'+|[A-Za-z](?:_\w)?(?=\( ?[\w\\., ]+\))) ?\(")
 SUM, PRODUCT, POWER = 1, 2, 3  # how tightly operators bind
 BINDING = dict.fromkeys("+-", SUM) | dict.fromkeys("*/", PRODUCT) | dict.fromkeys("^!°", POWER)
@@ -306,14 +306,14 @@ def value(tree, point):
         return None
 
 
-def walk(tree: tuple):
+def walk(tree):  # all nodes
     if isinstance(tree, tuple):
         yield tree
         for part in tree[1:]:
             yield from walk(part)
 
 
-def has(tree: tuple, *kinds: str) -> bool:
+def has(tree, *kinds):
     return any(part[0] in kinds for part in walk(tree))
 
 
@@ -397,7 +397,7 @@ COMPUTED = ("^", "!", "binom", *FUNCTIONS)
 TEN = ("number", 10)
 
 
-def is_rational(tree: tuple) -> bool:
+def is_rational(tree):
     if tree[0] == "^" and has(tree[2], "/"):
         return False
     known = tree[0] in ("+", "*", "/", "neg", "^", "!", "binom")
@@ -437,9 +437,9 @@ INEQUALITY = re.compile("[<>≤≥≠]")
 FLIP = str.maketrans("<≤>≥", ">≥<≤")
 VARIABLE = re.compile(LETTER + r"'*(?: ?\([^()]*\))?")
 LABEL = re.compile(  # Total area, AB, (x, y), |AB|, P(A|B), f'(x), sin A, M ∩ N, dy/dx, a + b
-    r"""(?!.*\\(?:sqrt|frac)|-)(?:[A-Za-z\\" ,()|'∪{}[\]]|_\w|_\{[^{}]*\})*|\\sigma ?\^ ?\{?2\}?"""
-    r"|\\frac ?\{ ?(?:d|\\partial).*|\\(?:int|sum|prod|lim)(?![A-Za-z]).*|\w(?: ?\+ ?[A-Za-z])+"
-    rf"|\w\^\{{-1\}} ?\(\w\)|{VARIABLE.pattern}")
+    r"""(?!.*(?:\\sqrt|\\frac|not)|-)(?:[A-Za-z\\" ,()|'∪{}[\]]|_\w|_\{[^{}]*\})*"""
+    r"|\\frac ?\{ ?(?:d|\\partial).*|\\(?:int|sum|prod|lim)(?![A-Za-z]).*|[a-z](?: ?\+ ?[a-z])+"
+    rf"|\\sigma ?\^ ?\{{?2\}}?|\w\^\{{-1\}} ?\(\w\)|{VARIABLE.pattern}")
 
 
 def relation(s: str) -> tuple[list[str], str]:
@@ -528,12 +528,12 @@ def too_large(s: str) -> bool:  # many brackets, a long list
 
 
 def words(s: str) -> list[str]:  # 12:30 PM is 12:30 p.m.
-    s = re.sub(r'"|[.,!](?!\d)', "", s.casefold())
+    s = re.sub(r'"|[.,!](?!\d)', "", re.sub(r"[A-Za-z]{3,}|[AP]M", lambda m: m[0].lower(), s))
     return re.findall(r"[^\W\d_]+|[\d.,:]+|[^\s\w]", s)
 
 
 def plain(s: str) -> list[str]:  # of a text, without articles and brackets
-    return [word for word in words(s) if word not in ("a", "an", "the", "(", ")")]
+    return [word for word in words(s.casefold()) if word not in ("a", "an", "the", "(", ")")]
 
 
 def is_text(s: str) -> bool:  # yes, Navin, an ellipse, (iv), HHT; not xy or sin x

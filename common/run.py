@@ -31,6 +31,7 @@ from common.data import drop_long_prompts, encode_prompt, fingerprint, load_trai
 from common.distributed import everyone, rank, size, total
 from common.evaluate import describe, evaluate, mean_and_error
 from common.flags import BadInput, read_config
+from common.logprobs import check_model
 from common.models import causal_lm, load_model, load_tokenizer, memory_estimate
 from common.track import tracker
 
@@ -97,6 +98,7 @@ class Run:
         numel = sum(p.numel() for p in weights) / 1e6
         trained = sum(p.numel() for p in weights if p.requires_grad) / 1e6
         prompt = self.encode(self.train[:1])[0]
+        check_model(self.model, self.tokenizer, prompt)
         print(f"model: {args.model}, {lm.config.model_type}, {numel:.2f} M parameters "
               f"({trained:.2f} M trained), {lm.config.num_hidden_layers} blocks, "
               f"{lm.compute_dtype} on {lm.device}")

@@ -37,14 +37,11 @@ PHRASE = re.compile(
     r"|^[#*_ ]*(?:final )?answers?[*_ ]*:?[*_ ]*\n", re.MULTILINE)
 CONTENT = re.compile(r"(?s:\\\[(.+?)\\\]|\$\$(.+?)\$\$)|(.+?)(?:</answer>|[.!]\**\s|\n|$)")
 
-LIST = re.compile(r"\d{3}(?:, ?\d{3})+")
+LIST = re.compile(r"\d{3}(?:, ?\d{3})+")  # 100,200 may be a list
 
 
 def extract_answer(text: str) -> str | None:
-    """The final answer in a response: its last box, or the last group of boxes, else a phrase.
-
-    None if there is no answer, or if the last box is empty or never closed. Never raises.
-    """
+    """The last group of boxes, else what a phrase announces; None without it. Never raises."""
     tail = DRAFT.sub("", text[-MAX_TAIL:]) if isinstance(text, str) else ""
     boxes = boxed(tail)
     if boxes:
@@ -54,11 +51,10 @@ def extract_answer(text: str) -> str | None:
         found = CONTENT.match(tail[phrase.end():][:math.MAX_CHARS].lstrip(" \t\r\n:*_`"))
         if found:
             answer = found[found.lastindex].strip(" *_`\t\r\n").rstrip(" *_`.")
-            answer = re.sub(r"^(?:therefore|thus|hence|simply|just)\b\s*", "", answer) or None
-    return answer
+    return re.sub(r"^(?:therefore|thus|hence|simply|just)\b\s*", "", answer or "") or None
 
 
-def boxed(text: str) -> list[str]:
+def boxed(text):
     """The contents of the last boxes that stand side by side; "" for one that is never closed."""
     found, end = [], 0
     for box in BOX.finditer(text):
@@ -76,29 +72,25 @@ def equivalent(answer: str, gold: str) -> bool:
     if max(len(answer), len(gold)) > math.MAX_CHARS:
         return answer.strip() == gold.strip()
     if LIST.fullmatch(answer) and answer.replace(" ", "") == gold.replace(" ", ""):
-        return True  # 100,200 may be a list
+        return True
     a, g = math.normalize(answer), math.normalize(gold)
-    if not a or not g or math.squeezed(a) == math.squeezed(g):
-        return bool(a and g)
     if math.too_large(a) or math.too_large(g):
-        return False
+        return math.squeezed(a) == math.squeezed(g)
     letter, rest = math.choice(a)
     gold_letter, gold_rest = math.choice(g)
-    if not letter or not gold_letter:
-        return same(rest or a, gold_rest or g)
-    return letter == gold_letter and (not rest or not gold_rest or same(rest, gold_rest))
+    if letter and gold_letter and (letter != gold_letter or not rest or not gold_rest):
+        return letter == gold_letter
+    return same(rest or a, gold_rest or g)
 
 
-def same(a: str, g: str) -> bool:
+def same(a, g):
     """Whether normalized answers are equal: as strings, as text, by structure, then by value."""
-    if math.squeezed(a) == math.squeezed(g):
-        return True
+    if not a or not g or math.squeezed(a) == math.squeezed(g):
+        return bool(a and g)
     if math.is_text(a) or math.is_text(g):
         return math.plain(a) == math.plain(g)
     if re.search(r'"|[A-Za-z]{4}|(?i:[ap]\.?m)', a) and math.words(a) == math.words(g):
         return True
-    if not a or not g:
-        return False
     if "(" in (a[0], g[0]):
         a, g = math.as_tuple(a), math.as_tuple(g)
     if bool(re.search("[∨∧]", a)) != bool(re.search("[∨∧]", g)):
@@ -106,10 +98,12 @@ def same(a: str, g: str) -> bool:
     left, right = math.items(a), math.items(g)
     if len(left) == len(right) == 1:
         return same_single(left[0], right[0])
-    if len(left) == 1 or len(right) == 1:
-        a, g = (math.stated(a), g) if len(left) == 1 else (a, math.stated(g))
-        return bool(a and g) and same(a, g)
-    if math.INEQUALITY.search(a + g) and math.split(a, ",∪∨∧")[1] != math.split(g, ",∪∨∧")[1]:
+    if len(left) == 1:
+        return same(math.stated(a), g)
+    if len(right) == 1:
+        return same(a, math.stated(g))
+    a_signs, g_signs = [math.split(x, ",∪∨∧")[1] for x in (a, g)]
+    if math.INEQUALITY.search(a + g) and a_signs != g_signs:
         return False
     for x in left:  # the members of two lists, in any order
         match = next((y for y in right if same(x, y)), None)
@@ -119,12 +113,13 @@ def same(a: str, g: str) -> bool:
     return not right
 
 
-def same_single(a: str, g: str) -> bool:
+def same_single(a, g):
     """Whether two relations, matrices, ratios, tuples, intervals or values are equal."""
-    relation = math.same_relation(a, g, same)
-    if relation is not None:
-        return relation
-    (a_kind, a_parts), (g_kind, g_parts) = math.parts(a), math.parts(g)
+    equal = math.same_relation(a, g, same)
+    if equal is not None:
+        return equal
+    a_kind, a_parts = math.parts(a)
+    g_kind, g_parts = math.parts(g)
     if a_kind != g_kind or len(a_parts) != len(g_parts):
         return False
     return all(map(same, a_parts, g_parts)) if a_kind else math.same_value(a, g)
