@@ -91,7 +91,7 @@ def same(a, g):
         return math.plain(a) == math.plain(g)
     if re.search(r'"|[A-Za-z]{4}|(?i:[ap]\.?m)', a) and math.words(a) == math.words(g):
         return True
-    if "(" in (a[0], g[0]):
+    if "(" in (a[0], g[0]) and not re.search(r"\( ?⟦", a + g):
         a, g = math.as_tuple(a), math.as_tuple(g)
     if bool(re.search("[∨∧]", a)) != bool(re.search("[∨∧]", g)):
         a, g = math.stated(a) or a, math.stated(g) or g
