@@ -5,7 +5,7 @@ Paper: A Unified Framework for Rethinking Policy Divergence Measures in GRPO (ar
 Run:   python kl3_grpo.py                        the embedded model learns arithmetic, a minute
        python kl3_grpo.py --measure ratio        the usual clip, of the same width
 See:   reward as in grpo.py; clip_up and clip_down, the shares of tokens that are cut for a good and
-       for a bad advantage, and the mean of KL3.
+       for a bad advantage; kl3, how far its updates took the policy from a rollout's tokens.
 
 All clips are one gate: with w = p / p_old of a sampled token and a measure that is at most delta
 in the window [low, high] around 1, a token loses its gradient if w is outside and the update

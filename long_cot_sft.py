@@ -46,7 +46,7 @@ from common.models import (
     load_tokenizer,
     stop_ids,
 )
-from common.run import Run, write_whole
+from common.run import Run, json_lines, write_whole
 from common.sampling import Rollout, sample
 from common.verify import verify
 
@@ -201,8 +201,7 @@ def sample_traces(run) -> list[tuple]:
         seed = args.seed * 100_000_000 + first * 1000
         rows += ask_teacher(teacher, tokenizer, asked, system, seed, args)
         if rank() == 0:
-            lines = [json.dumps(row) + "\n" for row in rows]
-            write_whole(path, "".join(lines))
+            write_whole(path, json_lines(rows))
         bar.update(len(asked))
     bar.close()
 
@@ -407,7 +406,7 @@ def main(argv=None):
     result = run.finish()
     if result is not None:
         count_reflections(run, "after", result)
-        run.write("summary.json", run.summary)
+        run.write_summary()
 
 
 if __name__ == "__main__":

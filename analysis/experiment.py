@@ -92,9 +92,8 @@ class Watched(Run):
             own.replace(cache)
         return result
 
-    def log(self, step, problems=(), rollout=None, rewards=None, parts=(), grad_norms=(),
-            **values):
-        super().log(step, problems, rollout, rewards, parts, grad_norms, **values)
+    def log(self, step, problems=(), rollout=None, rewards=None, *rest, **values):
+        super().log(step, problems, rollout, rewards, *rest, **values)
         self.last = (rollout, rewards)
         if (step + 1) % self.arm.every == 0:
             self.look(step + 1)

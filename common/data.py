@@ -10,8 +10,6 @@ import pathlib
 import random
 import re
 
-import jinja2
-
 from common import verify
 from common.flags import BadInput
 from common.tiny.arithmetic import arithmetic_problems
@@ -257,10 +255,11 @@ def encode_prompt(tokenizer, problem: str | list[dict], system: str = "") -> lis
         encoded = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=True,
             enable_thinking=False)
-    except (jinja2.TemplateError, ValueError) as error:
+    except Exception as error:  # a template is a program: it fails in any way it likes
         hint = '; --system "" leaves the system message out' if system else ""
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         raise BadInput(f"the tokenizer's chat template refuses {str(messages)[:200]}: "
-                       f"{str(error)[:200]}{hint}") from error
+                       f"{reason}{hint}") from error
     return list(encoded["input_ids"])
 
 

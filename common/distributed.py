@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 
 @contextlib.contextmanager
@@ -108,26 +108,3 @@ def gathered(module):
         for part in parts:
             part.reshard()
             part.set_reshard_after_forward(True, recurse=False)
-
-
-def whole(state):
-    """A state dict, list or tensor with its split tensors whole, on the CPU of the first rank.
-
-    Every rank must call it; the others get None for each split tensor.
-    """
-    if isinstance(state, dict):
-        return {name: whole(value) for name, value in state.items()}
-    if isinstance(state, (list, tuple)):
-        return [whole(value) for value in state]
-    if not isinstance(state, DTensor):
-        return state
-    full = state.full_tensor()
-    return full.cpu() if rank() == 0 else None
-
-
-def split_like(value, like):
-    """A whole tensor, the same on every rank, split as `like` is; other values as they are."""
-    if not isinstance(like, DTensor) or isinstance(value, DTensor) or value.shape != like.shape:
-        return value
-    value = value.to(like.device, like.dtype)
-    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from common.data import drop_long_prompts, encode_prompt, load_problems
 from common.distributed import everyone, rank, share, size
 from common.flags import BOXED, BadInput, exit_on_bad_input, flag, load_reward, parse_args
+from common.logprobs import check_model
 from common.models import causal_lm, load_model, load_tokenizer
 from common.sampling import sample
 from common.verify import verify
@@ -147,6 +148,7 @@ def main(argv=None):
     context = causal_lm(model).config.max_position_embeddings
     rows = drop_long_prompts(tokenizer, rows, args.system, context - args.max_new_tokens)
     first = encode_prompt(tokenizer, rows[0]["problem"], args.system)
+    check_model(model, tokenizer, first, trained=False)
     print(f"first prompt: {tokenizer.decode(first)!r}")
     result = evaluate(model, tokenizer, rows, reward_of, args.k, args.max_new_tokens,
                       args.temperature, args.top_p, args.seed, args.system)

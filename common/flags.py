@@ -12,10 +12,12 @@ import functools
 import importlib.util
 import json
 import math
+import os
 import pathlib
 import sys
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from tqdm import tqdm
 
@@ -139,6 +141,18 @@ def load_reward(place: str):
                        f"({type(error).__name__}: {error})") from error
 
 
+def check_torchrun() -> None:
+    """BadInput if this process belongs to several, of which torchrun has not said the number."""
+    processes = os.environ.get("WORLD_SIZE", "")
+    if dist.is_torchelastic_launched():
+        for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"):
+            if not os.environ.get(name, "").isdecimal():
+                raise BadInput(f"{name} is not set, as torchrun does for each process it starts")
+    elif processes.isdecimal() and int(processes) > 1:
+        raise BadInput(f"WORLD_SIZE is {processes}: several processes are started by torchrun, "
+                       "for a single one unset it")
+
+
 def exit_on_bad_input(main):
     """Wraps a script's main: its errors become one line, and torchrun's processes are joined.
 
@@ -150,6 +164,7 @@ def exit_on_bad_input(main):
             if hasattr(stream, "reconfigure"):  # a console that has no "±" still gets its line
                 stream.reconfigure(errors="replace")
         try:
+            check_torchrun()
             with process_group():
                 return main(argv)
         except KeyboardInterrupt:

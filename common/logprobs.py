@@ -8,10 +8,12 @@ is needed. Only the states that predict answer tokens meet the vocabulary, a chu
 """
 import torch
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
-from common.distributed import everyone, gather_rest
-from common.models import autocast, causal_lm
-from common.sampling import join
+from common.distributed import everyone, gather_rest, rank
+from common.flags import BadInput
+from common.models import autocast, causal_lm, compute_dtype
+from common.sampling import join, sample
 
 
 def chunk_logprobs(hidden, weight, targets, temperature):
@@ -21,9 +23,11 @@ def chunk_logprobs(hidden, weight, targets, temperature):
     log_z = logits.logsumexp(-1)                                                # (n,)
     rows = torch.arange(len(targets), device=targets.device)                    # (n,)
     logp = logits[rows, targets] - log_z                                        # (n,)
-    weighted = logits.softmax(-1) * logits                                      # (n, V)
+    probs = logits.softmax(-1)                                                  # (n, V)
+    weighted = probs * logits                                                   # (n, V)
     mean = weighted.sum(-1)                                                     # (n,)
-    return logp, log_z - mean                                                   # -sum p log p
+    entropy = log_z - mean                                                      # (n,), -sum p log p
+    return logp, entropy
 
 
 def token_logprobs(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
@@ -57,7 +61,8 @@ def states_before_answers(model, rollout, trunk=None) -> torch.Tensor:
     trunk = trunk or lm.model
     ids, predicts = join(rollout.prompts, rollout.tokens, rollout.lengths)      # (B, S) each
     output = trunk(input_ids=ids, use_cache=False)
-    return output.last_hidden_state[predicts]                                   # (N, D)
+    hidden = output.last_hidden_state                                           # (B, S, D)
+    return hidden[predicts]                                                     # (N, D)
 
 
 def response_logprobs(model, rollout, temperature: float = 1.0, trunk=None) -> torch.Tensor:
@@ -69,7 +74,8 @@ def response_logprobs(model, rollout, temperature: float = 1.0, trunk=None) -> t
     with autocast(model):
         hidden = states_before_answers(model, rollout, trunk)                   # (N, D)
         weight = causal_lm(model).lm_head.weight                                # (V, D)
-        logp, _ = token_logprobs(hidden, weight, rollout.tokens[inside], temperature)
+        targets = rollout.tokens[inside]                                        # (N,)
+        logp, _ = token_logprobs(hidden, weight, targets, temperature)          # (N,)
     zeros = torch.zeros_like(rollout.mask)                                      # (B, T)
     return zeros.masked_scatter(inside, logp)
 
@@ -79,19 +85,23 @@ def old_logprobs(model, rollout, rows, budget: int, temperature: float = 1.0, tr
     """response_logprobs without gradient, a micro-batch at a time -> (B, T), 0 but in `rows`."""
     logp = torch.zeros_like(rollout.mask)                                       # (B, T)
     for part in micro_batches(rollout, rows, budget):
-        logp[part] = response_logprobs(model, rollout[part], temperature, trunk)
+        batch = rollout[part]                                                   # b answers
+        logp[part] = response_logprobs(model, batch, temperature, trunk)        # (b, T)
     return logp
 
 
-def micro_batches(rollout, rows: torch.Tensor, budget: int) -> list[torch.Tensor]:
-    """Row numbers (N,) in parts with rows x longest row <= budget tokens, prompt and answer.
+def micro_batches(rollout, rows: torch.Tensor, budget: int):
+    """Row numbers (N,) in parts with rows x longest row <= budget tokens, prompt and answer; a
+    long pass over them shows a bar.
 
     Sorted by length, so that a part has little padding; a longer row is a part of its own. Ranks
     compute together, so one that has fewer parts gets empty ones.
     """
     sizes = {}
     for row in rows.tolist():
-        sizes[row] = len(rollout.prompts[row]) + int(rollout.lengths[row])
+        prompt = rollout.prompts[row]
+        length = int(rollout.lengths[row])
+        sizes[row] = len(prompt) + length
     longest_first = sorted(sizes, key=lambda row: (-sizes[row], row))
     parts = []
     width = 0
@@ -103,7 +113,12 @@ def micro_batches(rollout, rows: torch.Tensor, budget: int) -> list[torch.Tensor
     most = max(everyone(len(parts)))
     while len(parts) < most:
         parts.append([])
-    return [torch.tensor(part, dtype=torch.long, device=rows.device) for part in parts]
+    batches = []
+    for part in parts:
+        batch = torch.tensor(part, dtype=torch.long, device=rows.device)
+        batches.append(batch)
+    quiet = rank() > 0
+    return tqdm(batches, "micro-batches", delay=5, leave=False, disable=quiet)
 
 
 def largest_gap(logp: torch.Tensor, rollout) -> float:
@@ -111,3 +126,40 @@ def largest_gap(logp: torch.Tensor, rollout) -> float:
     gaps = (logp.detach() - rollout.logp).abs()                                 # (B, T)
     gaps = gaps * rollout.mask
     return gaps.max().item() if gaps.numel() else 0.0
+
+
+@torch.no_grad()
+def check_model(model, tokenizer, prompt: list[int], trained: bool = True) -> None:
+    """BadInput if the model is sampled, or trained, as another function than its own forward.
+
+    A few tokens three ways: the output may be scaled, capped or biased, the cache be of another
+    kind, or the tokenizer that of another model.
+    """
+    lm = causal_lm(model)
+    name = type(lm).__name__
+    known = len(lm.get_input_embeddings().weight)
+    if max(prompt) >= known:
+        raise BadInput(f"the prompt has the token {max(prompt)} and the model {known} of them: the "
+                       "tokenizer is another model's")
+    try:
+        rollout = sample(model, tokenizer, [prompt[-9:], prompt[-2:]], 1, 4, alone=True)
+        ids, predicts = join(rollout.prompts, rollout.tokens, rollout.lengths)  # (2, S) each
+        with autocast(model):
+            own = lm(input_ids=ids, use_cache=False).logits[predicts]           # (N, V)
+            hidden = states_before_answers(model, rollout)                      # (N, D)
+            plain = hidden @ lm.lm_head.weight.T                                # (N, V)
+    except (BadInput, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # each architecture fails in its own way
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise BadInput(f"{name} is not supported: {reason}") from error
+    inside = rollout.mask.bool()                                                # (2, T), N True
+    own = own.float().log_softmax(-1)
+    sampled = own.gather(1, rollout.tokens[inside][:, None])[:, 0]              # (N,)
+    gap = (sampled - rollout.logp[inside]).abs().max().item()
+    if trained:
+        plain = plain.float().log_softmax(-1)
+        gap = max(gap, (own - plain).abs().max().item())
+    if not gap < (1e-3 if compute_dtype(model) == torch.float32 else 1.0):
+        raise BadInput(f"{name} is not supported: its own forward differs by {gap:.2g} nats (a "
+                       "scale, a cap or a bias at its output?)")

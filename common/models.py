@@ -8,7 +8,6 @@ import os
 import pathlib
 import warnings
 
-import jinja2
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -113,8 +112,6 @@ def load_model(args, trained: bool = True, name: str | None = None, split: bool 
         with torch.no_grad():  # the first forward tells FSDP which part is the root
             lm(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device))
         lm.reshard()
-    elif trained:
-        check_head(model)
     return model.eval()
 
 
@@ -196,29 +193,13 @@ def end_of_turn(tokenizer) -> int | None:
     turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except (jinja2.TemplateError, ValueError):  # encode_prompt says what is wrong
+    except Exception:  # encode_prompt says what is wrong
         return None
     after = tokenizer(text.rpartition("ANSWER")[2], add_special_tokens=False)["input_ids"]
     added = tokenizer.added_tokens_decoder
     if after and after[0] in added and added[after[0]].special:
         return after[0]
     return None
-
-
-@torch.no_grad()
-def check_head(model) -> None:
-    """BadInput if the model does more than hidden @ lm_head.weight.T, as which it is trained: a
-    scaled or capped output, a bias. A few tokens through both."""
-    lm = causal_lm(model)
-    ids = torch.arange(1, 9, device=lm.device)[None] % lm.config.vocab_size        # (1, 8)
-    with autocast(model):
-        own = lm(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)    # (1, 8, V)
-        hidden = lm.model(input_ids=ids, use_cache=False).last_hidden_state        # (1, 8, D)
-        plain = (hidden @ lm.lm_head.weight.T).float().log_softmax(-1)             # (1, 8, V)
-    gap = (own - plain).abs().max().item()
-    if not gap < (1e-3 if compute_dtype(model) == torch.float32 else 0.5):
-        raise BadInput(f"{type(lm).__name__} is not supported: its forward differs by {gap:.2g} "
-                       "nats from its states times its unembedding (a scale, a cap or a bias)")
 
 
 def memory_estimate(model, rows: int, tokens: int, micro_batch_tokens: int) -> str:

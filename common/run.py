@@ -20,15 +20,18 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 
 import torch
 import transformers
 from tqdm import tqdm
 
+from common.checkpoint import load_checkpoint, save_checkpoint, save_model
 from common.data import drop_long_prompts, encode_prompt, fingerprint, load_train_and_eval
-from common.distributed import everyone, rank, size, split_like, total, whole
+from common.distributed import everyone, rank, size, total
 from common.evaluate import describe, evaluate, mean_and_error
 from common.flags import BadInput, read_config
+from common.logprobs import check_model
 from common.models import causal_lm, load_model, load_tokenizer, memory_estimate
 from common.track import tracker
 
@@ -95,6 +98,7 @@ class Run:
         numel = sum(p.numel() for p in weights) / 1e6
         trained = sum(p.numel() for p in weights if p.requires_grad) / 1e6
         prompt = self.encode(self.train[:1])[0]
+        check_model(self.model, self.tokenizer, prompt)
         print(f"model: {args.model}, {lm.config.model_type}, {numel:.2f} M parameters "
               f"({trained:.2f} M trained), {lm.config.num_hidden_layers} blocks, "
               f"{lm.compute_dtype} on {lm.device}")
@@ -121,14 +125,15 @@ class Run:
         self.made = True
         versions = {"torch": torch.__version__, "transformers": transformers.__version__,
                     "python": platform.python_version()}
-        self.write("config.json", {
+        config = {
             "script": self.name,
             "flags": {**vars(self.args), "output": str(self.folder)},
             "command": sys.argv,
             "data": self.data,
             "device": str(causal_lm(self.model).device),
             "commit": commit(),
-            "versions": versions})
+            "versions": versions}
+        self.write("config.json", json.dumps(config, indent=1))
 
     def begin(self, **parts) -> int:
         """Makes the folder or restores its checkpoint, evaluates -> the first step to make.
@@ -143,11 +148,11 @@ class Run:
         if len(self.rows) != first:
             raise BadInput(f"--resume {self.folder}: metrics.jsonl has lost rows")
         self.make_folder()
-        self.append("metrics.jsonl", self.rows, "w")  # rows of steps that are made again go
-        self.append("rollouts.jsonl", answers, "w")
+        self.write("metrics.jsonl", json_lines(self.rows))  # without steps that are made again
+        self.write("rollouts.jsonl", json_lines(answers))
         if first == 0 and self.held_out and "avg_at_k_before" not in self.summary:
             self.measure("before")
-        self.write("summary.json", self.summary)
+        self.write_summary()
         self.track = None
         if rank() == 0:
             flags = {**vars(self.args), "output": str(self.folder)}
@@ -166,14 +171,17 @@ class Run:
         rows = [read_json(line, path) for line in lines]
         return [row for row in rows if row["step"] <= step]
 
-    def write(self, name: str, value: dict) -> None:
+    def write(self, name: str, text: str) -> None:
         if rank() == 0:
-            write_whole(self.folder / name, json.dumps(value, indent=1))
+            write_whole(self.folder / name, text)
 
-    def append(self, name: str, rows: list[dict], mode: str = "a") -> None:
+    def write_summary(self) -> None:
+        self.write("summary.json", json.dumps(self.summary, indent=1))
+
+    def append(self, name: str, rows: list[dict]) -> None:
         if rank() == 0:
-            with open(self.folder / name, mode, encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
+            with open(self.folder / name, "a", encoding="utf-8") as file:
+                file.write(json_lines(rows))
 
     def lap(self, part: str) -> None:
         """Adds the seconds since the last lap to `seconds_<part>` of this step."""
@@ -271,16 +279,7 @@ class Run:
         """A checkpoint after `step` steps, if one is due."""
         if step % max(1, self.args.steps // SAVES) and step < self.args.steps:
             return
-        weights = {name: p.data for name, p in self.model.named_parameters() if p.requires_grad}
-        parts = {name: part.state_dict() for name, part in self.parts.items()}
-        state = whole({"step": step, "weights": weights, "parts": parts})
-        if rank() == 0:
-            place = self.folder / "checkpoint.pt"
-            try:
-                torch.save(state, place.with_suffix(".tmp"))
-            except RuntimeError as error:  # what torch raises where the disk is full
-                raise OSError(f"{place} cannot be written: is the disk full?") from error
-            place.with_suffix(".tmp").replace(place)
+        save_checkpoint(self.folder / "checkpoint.pt", step, self.model, self.parts)
 
     def restore(self) -> int:
         """Weights and optimisers of the last checkpoint -> its step, 0 if there is none."""
@@ -288,18 +287,7 @@ class Run:
         if not place.exists():
             print(f"going on in {self.folder}, which has no checkpoint yet")
             return 0
-        try:
-            state = torch.load(place, "cpu", weights_only=True, mmap=True)
-            step = state["step"]
-            with torch.no_grad():
-                for name, weight in self.model.named_parameters():
-                    if weight.requires_grad:
-                        weight.copy_(split_like(state["weights"][name], weight))
-            for name, part in self.parts.items():
-                load_part(part, state["parts"][name])
-        except Exception as error:  # a damaged file fails in any way it likes
-            reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-            raise BadInput(f"--resume {self.folder}: cannot be gone on with, {reason}") from error
+        step = load_checkpoint(place, self.model, self.parts)
         if step > self.args.steps:
             raise BadInput(f"--steps {self.args.steps}: {step} are done already")
         print(f"going on from step {step} of {self.args.steps} in {self.folder}")
@@ -310,7 +298,10 @@ class Run:
         result = None
         self.bar.close()
         self.summary["seconds"] = round(time.perf_counter() - self.started, 1)
-        self.save_model()
+        base = None
+        if self.args.merge:
+            base = partial(load_model, self.args, trained=False, split=False)
+        save_model(self.folder, self.model, self.tokenizer, base)
         if self.held_out:
             result = self.measure("after")
             before, after = self.summary["by_problem_before"], self.summary["by_problem_after"]
@@ -319,35 +310,11 @@ class Run:
             for row in result["answers"][:3]:
                 print(f"  {str(row['problem'])[-300:]}  gold {row['answer']}")
                 print(f"    reward {row['rewards'][0]:g}: {row['responses'][0][:600]}")
-        self.write("summary.json", self.summary)
-        if rank() == 0:
-            write_whole(self.folder / "model" / "README.md", model_card(self))
+        self.write_summary()
+        self.write("model/README.md", model_card(self))
         print(f"\nmodel: {self.folder}/model   metrics: {self.folder}/metrics.jsonl   "
               f"figure: python -m analysis.plot {self.folder}")
         return result
-
-    def save_model(self) -> None:
-        """model/, an ordinary save_pretrained folder, or adapters in peft's format and merged/."""
-        adapters = hasattr(self.model, "peft_config")
-        dtype = causal_lm(self.model).compute_dtype
-        tied = self.model.config.tie_word_embeddings
-        state = {}
-        for name, weight in self.model.state_dict().items():
-            copied = name == "lm_head.weight" and tied
-            if "lora_" in name or not adapters and not copied:
-                state[name] = weight.to(dtype)
-        state = whole(state)
-        if rank() > 0:
-            return
-        self.model.config.dtype = dtype
-        self.model.save_pretrained(self.folder / "model", state_dict=state)
-        self.tokenizer.save_pretrained(self.folder / "model")
-        if adapters and self.args.merge:
-            base = load_model(self.args, trained=False, split=False)
-            from peft import PeftModel
-            merged = PeftModel.from_pretrained(base, self.folder / "model").merge_and_unload()
-            merged.save_pretrained(self.folder / "merged")
-            self.tokenizer.save_pretrained(self.folder / "merged")
 
 
 def some_answers(step: int, problems: list[dict], rollout, rewards) -> list[dict]:
@@ -414,21 +381,12 @@ def read_json(text: str, place: pathlib.Path) -> dict:
         raise BadInput(f"{place}: damaged, {error}") from error
 
 
+def json_lines(rows: list[dict]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
 def write_whole(path: pathlib.Path, text: str) -> None:
     """The file is the old or the new one, never half of it."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
-
-
-def load_part(part, state: dict) -> None:
-    """load_state_dict where tensors may be split over ranks; learning rates stay as they are."""
-    now = part.state_dict()
-    if isinstance(part, torch.optim.Optimizer):
-        weights = [p for group in part.param_groups for p in group["params"]]
-        for i, moments in state["state"].items():
-            state["state"][i] = {k: split_like(v, weights[i]) for k, v in moments.items()}
-        state["param_groups"] = now["param_groups"]
-    else:
-        state = {name: split_like(value, now[name]) for name, value in state.items()}
-    part.load_state_dict(state)

@@ -12,7 +12,7 @@ import grpo
 from common import sampling
 from common.flags import BadInput
 from common.logprobs import largest_gap, response_logprobs
-from common.models import check_head, rows_at_once, stop_ids
+from common.models import rows_at_once, stop_ids
 from common.sampling import decode, join, keep_top_p, pick, sample
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [14]]  # the sampler pads them on the left
@@ -422,26 +422,6 @@ def test_stop_ids():
     for template in (None, "{{ raise_exception('no') }}", "{{ messages[1]['content'] }} and more"):
         tokenizer.chat_template = template
         assert stop_ids(model, tokenizer) == [0, 7, 9]
-
-
-@pytest.mark.parametrize("change, refused", [
-    (lambda model: None, False), (lambda model: model.bfloat16(), False),
-    (lambda model: model.register_forward_hook(scaled), True),
-    (lambda model: setattr(model.lm_head, "bias", torch.nn.Parameter(torch.randn(97))), True)])
-def test_a_head_that_is_not_a_plain_product_is_refused(change, refused):
-    """Logits divided by a constant, or with a bias, would be sampled and trained as two models."""
-    model = random_model()
-    change(model)
-    if refused:
-        with pytest.raises(BadInput, match="Qwen3ForCausalLM is not supported"):
-            check_head(model)
-    else:
-        check_head(model)
-
-
-def scaled(model, args, output):
-    output.logits = output.logits / 2
-    return output
 
 
 @pytest.mark.parametrize("bad", [

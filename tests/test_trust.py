@@ -109,7 +109,7 @@ def test_a_kill_at_any_moment_changes_nothing(script, tmp_path):
     run_and_kill(script, cut, torch, "save", 2)
     assert (cut / "checkpoint.tmp").exists() and (cut / "checkpoint.pt").exists()
     run_and_kill(script, cut, torch.optim.AdamW, "step", 1)
-    run_and_kill(script, cut, Run, "save_model", 1)
+    run_and_kill(script, cut, common.run, "save_model", 1)
     start_or_resume(script, cut)
     run(script, output=tmp_path / "whole")
     assert_same_run(tmp_path / "whole", cut)

@@ -99,6 +99,9 @@ def result(folder: pathlib.Path) -> list:
         kept.append({name: repr(value) for name, value in row.items()
                      if name not in CLOCKS and not name.startswith("seconds")})
     files = sorted(path.name for path in folder.iterdir() if path.suffix != ".tmp")
+    answers = folder / "rollouts.jsonl"
+    if answers.exists():
+        kept.append(answers.read_text())
     return [kept, files, (folder / "model" / "model.safetensors").read_bytes()]
 
 

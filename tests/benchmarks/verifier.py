@@ -2,15 +2,17 @@
 
     python tests/benchmarks/verifier.py cases.jsonl     # rows text (pred), gold, right (expect)
     python tests/benchmarks/verifier.py --fuzz 100000   # no rows: only the fuzzing
+    git show 3ba9b2d:common/verify.py > /tmp/old.py     # another verifier, --other /tmp/old.py
     pip install math-verify[antlr4_13_2]                # the rival, if it is to be compared
 
-One core. Math-Verify gets the gold between dollar signs and its own defaults (5 s per side).
+Seconds are the processor's. Math-Verify gets the gold between dollar signs and its own defaults.
 """
 import argparse
 import json
 import logging
 import pathlib
 import random
+import runpy
 import sys
 import time
 
@@ -38,9 +40,9 @@ def fuzz(count: int, seed: int = 0) -> tuple[float, str]:
         questions = [
             (verify, rf"\boxed{{{a}}}", b), (verify, a, b), (equivalent, a, a), (parses, b)]
         for function, *arguments in questions:
-            started = time.perf_counter()
+            started = time.process_time()
             function(*arguments)
-            slowest = max(slowest, (time.perf_counter() - started, a[:80]))
+            slowest = max(slowest, (time.process_time() - started, a[:80]))
     return slowest
 
 
@@ -61,9 +63,9 @@ def math_verify_judge():
 def rate(name: str, rows: list[tuple], judge) -> dict[str, list]:
     """Print one line on a judge -> per kind: rows, wrongly accepted, wrongly refused."""
     kinds: dict[str, list] = {}
-    started = time.perf_counter()
+    started = time.process_time()
     found = [bool(judge(text, gold)) for text, gold, *_ in tqdm(rows, desc=name, leave=False)]
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     for yes, (_, _, right, kind) in zip(found, rows, strict=True):
         counts = kinds.setdefault(kind, [0, 0, 0])
         counts[0] += 1
@@ -83,6 +85,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="?")
     parser.add_argument("--fuzz", type=int, default=20_000, help="random inputs")
+    parser.add_argument("--other", help="a file with verify(text, gold) or reward(text, gold)")
     args = parser.parse_args()
     if args.rows:
         lines = pathlib.Path(args.rows).read_text(encoding="utf-8").splitlines()
@@ -95,6 +98,9 @@ def main():
         print("| verifier | rows | right | wrong accepted | right refused | rows/s |")
         print("| --- | --- | --- | --- | --- | --- |")
         judges = {"common/verify.py": verify, "Math-Verify": math_verify_judge()}
+        if args.other:
+            other = runpy.run_path(args.other)
+            judges[args.other] = other.get("verify", other["reward"])
         found = {name: rate(name, rows, judge) for name, judge in judges.items() if judge}
         print("\n| kind | rows |" + "".join(f" {name}: accepted, refused |" for name in found))
         print("| --- | --- |" + " --- |" * len(found))
