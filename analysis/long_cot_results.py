@@ -303,7 +303,7 @@ def draw_asked(results) -> None:
         curves = list(zip(*by_size, strict=True))
         ex.band(axis, curves, f"{style}: 192, 768, 2048 problems", color, "-o", x)
         found = [repeated[f"{style} N={n}"] for n in NS]
-        x = [mean([run["by_step"]["tokens_seen"][-1] for run in runs]) for runs in found]
+        x = [mean([2 * run["traces"]["tokens"] for run in runs]) for runs in found]  # two passes
         by_n = [[run["avg_at_k_after"] for run in runs] for runs in found]
         curves = list(zip(*by_n, strict=True))
         ex.band(axis, curves, f"{style}: 1, 4, 16 samples of 192", color, "--s", x, fill=False)
