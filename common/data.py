@@ -83,6 +83,13 @@ def read_dataset(name: str, split: str, flag: str):
         raise BadInput(f"{flag} {name}: cannot be read, {reason}") from error
 
 
+def write_whole(path: pathlib.Path, text: str) -> None:
+    """The file is the old or the new one, never half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
 def find_column(rows, known: tuple[str, ...], what: str, place: str) -> str:
     """The first known column that any of the first rows has, whatever its capitals. BadInput."""
     columns = {}

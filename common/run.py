@@ -27,7 +27,13 @@ import transformers
 from tqdm import tqdm
 
 from common.checkpoint import load_checkpoint, save_checkpoint, save_model
-from common.data import drop_long_prompts, encode_prompt, fingerprint, load_train_and_eval
+from common.data import (
+    drop_long_prompts,
+    encode_prompt,
+    fingerprint,
+    load_train_and_eval,
+    write_whole,
+)
 from common.distributed import everyone, rank, size, total
 from common.evaluate import describe, evaluate, mean_and_error
 from common.flags import BadInput, read_config
@@ -383,10 +389,3 @@ def read_json(text: str, place: pathlib.Path) -> dict:
 
 def json_lines(rows: list[dict]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
-
-
-def write_whole(path: pathlib.Path, text: str) -> None:
-    """The file is the old or the new one, never half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

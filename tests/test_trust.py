@@ -5,6 +5,7 @@ import os
 import pathlib
 import re
 import resource
+import shutil
 import signal
 import socket
 import threading
@@ -26,6 +27,7 @@ from test_scripts import (
 import common.run
 import grpo
 import long_cot_sft
+from common import evaluate
 from common.run import Run, new_folder
 
 
@@ -286,6 +288,35 @@ def test_a_model_that_cannot_be_written(tmp_path, capsys, monkeypatch, small_fil
     fails(capsys, lambda: run(grpo, "--steps", 1, output=tmp_path / "run"))
 
 
+def test_a_score_is_printed_before_a_full_disk_is_met(tmp_path, capsys, monkeypatch):
+    """16 answers of 4 problems in a file that may not grow beyond 100 bytes: the score stands on
+    the screen, and no half file has the name that was asked for."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    flags = ["--problems", "4", "--k", "4", "--output", str(tmp_path / "answers.jsonl")]
+    try:
+        with pytest.raises(SystemExit) as stop:
+            evaluate.main(flags)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = capsys.readouterr()
+    assert stop.value.code == 2 and "Avg@4" in said.out and "Traceback" not in said.err
+    assert not (tmp_path / "answers.jsonl").exists()
+
+
+def test_a_generation_config_that_could_not_be_saved(tmp_path):
+    """A temperature without do_sample, and a stop token that the script adds: saved with do_sample,
+    so that the temperature means what it says."""
+    base = tmp_path / "base"
+    shutil.copytree(TINY, base, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    config = json.loads((base / "generation_config.json").read_text())
+    config.update(temperature=0.6, top_p=0.95, do_sample=False)
+    (base / "generation_config.json").write_text(json.dumps(config))
+    run(long_cot_sft, "--model", base, "--eval-problems", 0, output=tmp_path / "run")
+    saved = json.loads((tmp_path / "run" / "model" / "generation_config.json").read_text())
+    assert saved["temperature"] == 0.6 and saved["top_p"] == 0.95 and saved["do_sample"] is True
+
+
 def test_places_that_cannot_be_written(capsys, tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (pathlib.Path("/dev/null"), pathlib.Path("/proc"), tmp_path / "file"):
@@ -375,6 +406,23 @@ def test_memory_that_runs_out_is_one_line(error, tmp_path, monkeypatch, capsys):
         raise error
     monkeypatch.setattr(grpo, "sample", sample)
     fails(capsys, lambda: run(grpo, output=tmp_path / "run"), "emory")
+
+
+# processes
+
+@pytest.mark.parametrize("variables, line", [
+    ({"WORLD_SIZE": "2", "RANK": "0"}, "several processes are started by torchrun"),
+    ({"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "RANK": "0"}, "LOCAL_RANK is not set"),
+    ({"TORCHELASTIC_RUN_ID": "x", "LOCAL_RANK": "", "WORLD_SIZE": "2", "RANK": "0"},
+     "LOCAL_RANK is not set"),
+    ({"TORCHELASTIC_RUN_ID": "x", "LOCAL_RANK": "0", "WORLD_SIZE": "", "RANK": "0"},
+     "WORLD_SIZE is not set")])
+def test_processes_that_torchrun_did_not_start(variables, line, tmp_path, capsys, monkeypatch):
+    """As of srun, or of half an environment: not several runs that each believe to be alone."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    fails(capsys, lambda: run(grpo, output=tmp_path / "run"), line)
+    assert not (tmp_path / "run").exists()
 
 
 # supply
