@@ -38,7 +38,7 @@ from common.distributed import everyone, rank, size, total
 from common.evaluate import describe, evaluate, mean_and_error
 from common.flags import BadInput, read_config
 from common.logprobs import check_model
-from common.models import causal_lm, load_model, load_tokenizer, memory_estimate
+from common.models import causal_lm, end_of_turn, load_model, load_tokenizer, memory_estimate
 from common.track import tracker
 
 EVAL_K = 8   # answers to each held-out problem
@@ -105,6 +105,10 @@ class Run:
         trained = sum(p.numel() for p in weights if p.requires_grad) / 1e6
         prompt = self.encode(self.train[:1])[0]
         check_model(self.model, self.tokenizer, prompt)
+        end = end_of_turn(self.tokenizer)
+        if end not in (None, self.tokenizer.eos_token_id):
+            print(f"note: answers also end at {self.tokenizer.decode(end)!r}, with which the chat "
+                  "template ends a turn")
         print(f"model: {args.model}, {lm.config.model_type}, {numel:.2f} M parameters "
               f"({trained:.2f} M trained), {lm.config.num_hidden_layers} blocks, "
               f"{lm.compute_dtype} on {lm.device}")

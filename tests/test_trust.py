@@ -1,4 +1,5 @@
 """Nothing is lost, executed or wrong in silence: kills, damaged files, full disks, NaN, memory."""
+import io
 import json
 import math
 import os
@@ -8,11 +9,12 @@ import resource
 import shutil
 import signal
 import socket
+import sys
 import threading
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_scripts import (
     ROOT,
     TINY,
@@ -23,11 +25,14 @@ from test_scripts import (
     run,
     weights_of,
 )
+from transformers import AutoTokenizer
 
 import common.run
 import grpo
 import long_cot_sft
+import ppo
 from common import evaluate
+from common.flags import parse_args
 from common.run import Run, new_folder
 
 
@@ -408,7 +413,74 @@ def test_memory_that_runs_out_is_one_line(error, tmp_path, monkeypatch, capsys):
     fails(capsys, lambda: run(grpo, output=tmp_path / "run"), "emory")
 
 
+# models
+
+def test_dropout_is_off_while_training(model_folder, tmp_path):
+    """A model published with a dropout of 0.5: sampler and trainer agree in the first update."""
+    base = tmp_path / "base"
+    shutil.copytree(model_folder, base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.5}))
+    row, *_ = run(ppo, "--model", base, "--steps", 1, "--eval-problems", 0, output=tmp_path / "run")
+    assert row["gap_max"] < 1e-3 and abs(row["kl"]) < 1e-3
+
+
+@pytest.mark.parametrize("rename", [
+    lambda name: None if name == "lm_head.weight" else name, lambda name: f"other.{name}"])
+def test_missing_weights_are_refused(rename, tmp_path, capsys):
+    """Not trained from random numbers."""
+    base = tmp_path / "base"
+    shutil.copytree(TINY, base, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    weights = {rename(name): weight for name, weight in weights_in(base).items()}
+    weights.pop(None, None)
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    fails(capsys, lambda: run(grpo, "--model", base, output=tmp_path / "run"),
+          "weights are not in its files, lm_head.weight")
+
+
+def weights_in(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def test_another_stop_token_of_the_template_is_said(model_folder, tmp_path, capsys):
+    base = tmp_path / "base"
+    shutil.copytree(model_folder, base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.save_pretrained(base)
+    run(grpo, "--model", base, "--steps", 1, "--eval-problems", 0, output=tmp_path / "run")
+    assert "answers also end at '<|im_end|>'" in capsys.readouterr().out
+
+
+def test_adapters_learn_ten_times_as_fast():
+    """3e-4 becomes 3e-3; a rate that is given stays."""
+    for flags, lr in (([], 3e-4), (["--lora-rank", "4"], 3e-3),
+                      (["--lora-rank", "4", "--lr", "1e-5"], 1e-5)):
+        assert parse_args(grpo.Args, grpo.REAL, "", flags).lr == pytest.approx(lr)
+
+
+def test_the_change_is_paired_by_problem(tmp_path, capsys):
+    """Its error is that of the problems' own changes, from the summary's rewards by problem."""
+    run(grpo, "--steps", 1, "--eval-problems", 6, output=tmp_path / "run")
+    said = re.search(r"change: (\S+) ± (\S+),", capsys.readouterr().out)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    pairs = zip(summary["by_problem_before"], summary["by_problem_after"], strict=True)
+    changes = torch.tensor([after - before for before, after in pairs], dtype=torch.float64)
+    assert float(said[1]) == pytest.approx(changes.mean().item(), abs=6e-4)
+    assert float(said[2]) == pytest.approx(changes.std().item() / 6 ** 0.5, abs=6e-4)
+
+
 # processes
+
+def test_a_console_that_is_not_utf_8(tmp_path, monkeypatch):
+    """The line with the plus-minus sign is printed with a question mark, the run ends well."""
+    console = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", console)
+    run(grpo, "--steps", 1, output=tmp_path / "run")
+    console.flush()
+    said = console.buffer.getvalue().decode("ascii")
+    assert re.search(r"change: \S+ \? ", said) and (tmp_path / "run" / "model").exists()
+
 
 @pytest.mark.parametrize("variables, line", [
     ({"WORLD_SIZE": "2", "RANK": "0"}, "several processes are started by torchrun"),
