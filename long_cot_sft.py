@@ -31,16 +31,15 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoConfig
 
 from common.data import batch_of, drop_long_prompts, encode_prompt, is_chat, is_text, read_rows
 from common.distributed import everyone, rank, share, size, total
 from common.flags import BOXED, BadInput, Shared, exit_on_bad_input, flag, parse_args
-from common.logprobs import micro_batches, response_logprobs
+from common.logprobs import check_model, micro_batches, response_logprobs
 from common.models import (
     causal_lm,
+    context_of,
     end_of_turn,
-    from_pretrained,
     is_small,
     load_model,
     load_tokenizer,
@@ -134,12 +133,6 @@ def load_traces(name: str) -> list[tuple]:
     return pairs
 
 
-def context_of(name: str) -> int:
-    """How many tokens a model takes, prompt and answer."""
-    config = from_pretrained(AutoConfig, name)
-    return config.get_text_config().max_position_embeddings
-
-
 def ask_teacher(teacher, tokenizer, problems, system: str, seed: int, args) -> list[dict]:
     """A row for each problem, with the answers worth keeping; the same on every rank."""
     padding = problems[-1:] * (-len(problems) % size())  # every rank needs equally many
@@ -191,7 +184,11 @@ def sample_traces(run) -> list[tuple]:
     # Ask, a batch of problems at a time.
     batch = max(1, ROWS // args.samples)
     missing = range(len(rows), len(problems), batch)
-    teacher = load_model(args, trained=False, name=args.teacher) if missing else None
+    teacher = None
+    if missing:
+        teacher = load_model(args, trained=False, name=args.teacher)
+        prompt = encode_prompt(tokenizer, problems[0]["problem"], system)
+        check_model(teacher, tokenizer, prompt, trained=False)
     run.make_folder()  # all flags have been checked
     path = run.folder / "traces.jsonl"
     bar = tqdm(desc="asking the teacher", total=len(problems), initial=len(rows), unit="problem",
@@ -332,12 +329,11 @@ class Args(Shared):
     epochs: int = flag(2, "passes over the traces; the paper: 2", low=1)
     batch_size: int = flag(32, "traces per update; the paper: 256", low=1)
     lr: float = flag(1e-3, "AdamW, peak; ten times that with --lora-rank; the paper: 5e-6", above=0)
-    max_new_tokens: int = flag(None, "longest answer in evaluation, default: 160, of larger models "
-                               "4096 or half the context; the paper: 16384", low=1, kind=int)
+    max_new_tokens: int = flag(160, "longest answer in evaluation; the paper: 16384", low=1)
 
 
 REAL = {"teacher_max_new_tokens": 8192, "teacher_problems": 0, "samples": 32, "batch_size": 256,
-        "lr": 5e-6}
+        "lr": 5e-6, "max_new_tokens": 4096}
 
 
 @exit_on_bad_input
@@ -345,9 +341,6 @@ def main(argv=None):
     args = parse_args(Args, REAL, __doc__, argv)
     if args.teacher_temperature is None:
         args.teacher_temperature = TEMPERATURE[args.teacher_style]
-    if args.max_new_tokens is None:
-        most = 160 if is_small(args.model) else 4096
-        args.max_new_tokens = min(most, context_of(args.model) // 2)
     run = Run("long_cot_sft", args, reward)
     model = run.model
     lm = causal_lm(model)

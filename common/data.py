@@ -83,15 +83,22 @@ def read_dataset(name: str, split: str, flag: str):
         raise BadInput(f"{flag} {name}: cannot be read, {reason}") from error
 
 
-def find_column(rows, known: tuple[str, ...], what: str) -> str:
-    """The first known column that any of the first rows has, whatever its capitals."""
+def write_whole(path: pathlib.Path, text: str) -> None:
+    """The file is the old or the new one, never half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def find_column(rows, known: tuple[str, ...], what: str, place: str) -> str:
+    """The first known column that any of the first rows has, whatever its capitals. BadInput."""
     columns = {}
     for row in list(rows[:100] if isinstance(rows, list) else rows.take(min(100, len(rows)))):
         columns.update({name.lower(): name for name in row})
     for name in known:
         if name in columns:
             return columns[name]
-    raise BadInput(f"--data: no column with the {what}; the data has {', '.join(columns.values())}"
+    raise BadInput(f"{place}: no column with the {what}; the data has {', '.join(columns.values())}"
                    f"; rename one to {' or '.join(known[:2])}")
 
 
@@ -163,17 +170,18 @@ def with_options(row: dict, problem: str, answer):
 
 
 def load_problems(name: str, split: str = "train", held_out: bool = False, seed: int = 0,
-                  count: int | None = None) -> list[dict]:
+                  count: int | None = None, flag: str = "--data") -> list[dict]:
     """-> rows with every column of the data, each problem once, `count` of them by the seed.
 
     "problem" is a text or a list of chat messages, "answer" the gold as text. held_out takes the
-    evaluation part of `arithmetic`; other data has none. Raises BadInput if no row is usable.
+    evaluation part of `arithmetic`; other data has none. Raises BadInput, which names the flag, if
+    no row is usable.
     """
     if name == "arithmetic":
         return arithmetic_problems(2048 if count is None else count, held_out, seed)
-    rows = read_rows(name, split)
-    problem_column = find_column(rows, PROBLEM_COLUMNS, "problem")
-    answer_column = find_column(rows, ANSWER_COLUMNS, "gold answer")
+    rows = read_rows(name, split, flag)
+    problem_column = find_column(rows, PROBLEM_COLUMNS, "problem", f"{flag} {name}")
+    answer_column = find_column(rows, ANSWER_COLUMNS, "gold answer", f"{flag} {name}")
     kept = {}
     dropped = 0
     for row in rows:
@@ -189,7 +197,7 @@ def load_problems(name: str, split: str = "train", held_out: bool = False, seed:
           f"{len(rows)} rows, {dropped} dropped (no problem, or a gold that cannot be compared), "
           f"{len(rows) - dropped - len(kept)} repeated")
     if not kept:
-        raise BadInput(f"--data {name}: no row has both a problem and a usable answer")
+        raise BadInput(f"{flag} {name}: no row has both a problem and a usable answer")
     kept = list(kept.values())
     random.Random(f"order {seed}").shuffle(kept)
     return kept[:count]
@@ -204,7 +212,7 @@ def load_train_and_eval(args) -> tuple[list[dict], list[dict]]:
     train = load_problems(args.data, seed=args.seed)
     if args.eval_data or args.data == "arithmetic":
         held_out = load_problems(args.eval_data or "arithmetic", "test", held_out=True,
-                                 count=args.eval_problems)
+                                 count=args.eval_problems, flag="--eval-data")
         seen = {json.dumps(row["problem"]) for row in held_out}
         train = [row for row in train if json.dumps(row["problem"]) not in seen]
     else:

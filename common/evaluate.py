@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from common.data import drop_long_prompts, encode_prompt, load_problems
+from common.data import drop_long_prompts, encode_prompt, load_problems, write_whole
 from common.distributed import everyone, rank, share, size
 from common.flags import BOXED, BadInput, exit_on_bad_input, flag, load_reward, parse_args
 from common.logprobs import check_model
@@ -141,6 +141,8 @@ def main(argv=None):
     args = parse_args(Args, REAL, __doc__, argv)
     if args.output and pathlib.Path(args.output).exists():
         raise BadInput(f"--output {args.output}: exists already")
+    if args.output and not pathlib.Path(args.output).parent.is_dir():
+        raise BadInput(f"--output {args.output}: its folder does not exist")
     reward_of = load_reward(args.reward) if args.reward else reward
     tokenizer = load_tokenizer(args.model)
     model = load_model(args, trained=False)
@@ -157,7 +159,7 @@ def main(argv=None):
     if args.output and rank() == 0:
         rows = [*result.pop("answers"), {"summary": {**result, "flags": vars(args)}}]
         lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows]
-        pathlib.Path(args.output).write_text("".join(lines), encoding="utf-8")
+        write_whole(pathlib.Path(args.output), "".join(lines))
         print(f"answers: {args.output}")
 
 

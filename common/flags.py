@@ -91,9 +91,10 @@ class Parser(argparse.ArgumentParser):
 def parse_args(Args, real: dict, description: str, argv: list[str] | None = None):
     """Command line -> an Args. Dashes or underscores; with --resume the run's own flags hold.
 
-    A model larger than the embedded one takes its defaults from `real`. Raises BadInput.
+    A model larger than the embedded one takes its defaults from `real`, and for the longest answer
+    at most half its context. Raises BadInput.
     """
-    from common.models import is_small  # not at the top: models.py imports BadInput from here
+    from common.models import context_of, is_small  # here, since models.py imports BadInput
     parser = Parser(description=description, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(Args):
@@ -110,6 +111,8 @@ def parse_args(Args, real: dict, description: str, argv: list[str] | None = None
         parser.set_defaults(resume=None, output=args.resume)
     elif not is_small(args.model):
         real = {**SHARED_REAL, **real}
+        if "max_new_tokens" in real:
+            real["max_new_tokens"] = min(real["max_new_tokens"], context_of(args.model) // 2)
         parser.set_defaults(**{name: real[name] for name in vars(args) if name in real})
     if not getattr(args, "resume", None) and getattr(args, "lora_rank", 0):
         parser.set_defaults(lr=10 * parser.get_default("lr"))  # adapters want larger steps

@@ -10,7 +10,7 @@ import warnings
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
 from common.distributed import shard, size
@@ -58,6 +58,15 @@ def is_small(name: str) -> bool:
     return getattr(config, "hidden_size", SMALL + 1) <= SMALL
 
 
+def context_of(name: str) -> int:
+    """How many tokens a model takes, prompt and answer. BadInput if its config does not say."""
+    config = from_pretrained(AutoConfig, name).get_text_config()
+    if not hasattr(config, "max_position_embeddings"):
+        raise BadInput(f"--model {name}: {config.model_type} is not supported: its config has no "
+                       "max_position_embeddings")
+    return config.max_position_embeddings
+
+
 def load_tokenizer(name: str):
     return from_pretrained(AutoTokenizer, name)
 
@@ -97,11 +106,14 @@ def load_model(args, trained: bool = True, name: str | None = None, split: bool 
                        f"files, {missing[0]} for one")
     lm = causal_lm(model)
     no_dropout(lm)
+    make_savable(model)
     lm.compute_dtype = compute
     model.requires_grad_(trained)
-    if lm.config.hidden_size <= SMALL and device.type == "cpu":
-        torch.set_num_threads(1)  # matrices too small to split: tests/benchmarks/threads.py
-    if lm.config.hidden_size > SMALL and trained:
+    small = lm.config.hidden_size <= SMALL
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        spare = max(1, os.cpu_count() - 1)  # all cores crawl where another program holds one
+        torch.set_num_threads(1 if small else spare)  # tests/benchmarks/threads.py
+    if trained and not small:
         enable_recomputing(model)
     if size() == 1:
         model.to(device)
@@ -132,6 +144,17 @@ def no_dropout(model) -> None:
         for name, value in vars(module).items():
             if "dropout" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
+
+
+def make_savable(model) -> None:
+    """Some are published with a temperature and no do_sample, which transformers does not save."""
+    config = model.generation_config
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        names = ("bos_token_id", "eos_token_id", "pad_token_id", "temperature", "top_p", "top_k")
+        kept = {name: getattr(config, name) for name in names}
+        model.generation_config = GenerationConfig(do_sample=True, **kept)
 
 
 def enable_recomputing(model) -> None:

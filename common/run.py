@@ -27,12 +27,18 @@ import transformers
 from tqdm import tqdm
 
 from common.checkpoint import load_checkpoint, save_checkpoint, save_model
-from common.data import drop_long_prompts, encode_prompt, fingerprint, load_train_and_eval
+from common.data import (
+    drop_long_prompts,
+    encode_prompt,
+    fingerprint,
+    load_train_and_eval,
+    write_whole,
+)
 from common.distributed import everyone, rank, size, total
 from common.evaluate import describe, evaluate, mean_and_error
 from common.flags import BadInput, read_config
 from common.logprobs import check_model
-from common.models import causal_lm, load_model, load_tokenizer, memory_estimate
+from common.models import causal_lm, end_of_turn, load_model, load_tokenizer, memory_estimate
 from common.track import tracker
 
 EVAL_K = 8   # answers to each held-out problem
@@ -99,6 +105,10 @@ class Run:
         trained = sum(p.numel() for p in weights if p.requires_grad) / 1e6
         prompt = self.encode(self.train[:1])[0]
         check_model(self.model, self.tokenizer, prompt)
+        end = end_of_turn(self.tokenizer)
+        if end not in (None, self.tokenizer.eos_token_id):
+            print(f"note: answers also end at {self.tokenizer.decode(end)!r}, with which the chat "
+                  "template ends a turn")
         print(f"model: {args.model}, {lm.config.model_type}, {numel:.2f} M parameters "
               f"({trained:.2f} M trained), {lm.config.num_hidden_layers} blocks, "
               f"{lm.compute_dtype} on {lm.device}")
@@ -383,10 +393,3 @@ def read_json(text: str, place: pathlib.Path) -> dict:
 
 def json_lines(rows: list[dict]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
-
-
-def write_whole(path: pathlib.Path, text: str) -> None:
-    """The file is the old or the new one, never half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

@@ -7,6 +7,7 @@ import shutil
 import huggingface_hub.constants
 import pytest
 import torch
+from conftest import random_model
 from test_scripts import TINY
 
 SCRIPTS = ["grpo", "bupo", "kl3_grpo", "entropy_min", "long_cot_sft", "ppo"]
@@ -66,6 +67,10 @@ TABLE = [
     (SOME, "--model pickled", "cannot load model 'pickled'"),       # pytorch_model.bin, a pickle
     (SOME, "--model owncode", "cannot load model 'owncode'"),       # needs code of its own
     (SOME, "--model adapters", "adapters alone"),
+    (SOME, "--model foreign_tokens", "the tokenizer is another model's"),
+    (SOME, "--model templates", "multiple chat templates with no default"),
+    (SOME, "--model breaks", "chat template refuses"),              # it raises a TypeError
+    (SOME, "--seed 1234567890123456789", "must be at most"),
     # data
     (SOME, "--data missing.jsonl", "--data missing.jsonl: no such file"),
     (SOME, "--data folder.jsonl", "--data folder.jsonl"),
@@ -80,11 +85,13 @@ TABLE = [
     (SOME, "--data columns.jsonl", "no column with the problem; the data has text"),
     (SOME, "--data nogold.jsonl", "no row has both a problem"),
     (SOME, "--data long.jsonl", "longer than"),                     # prompts beyond the context
-    (["a script"], "--eval-data missing.jsonl", "missing.jsonl"),
+    (["a script"], "--eval-data missing.jsonl", "--eval-data missing.jsonl: no such file"),
+    (["a script"], "--eval-data columns.jsonl", "--eval-data columns.jsonl: no column with the pr"),
     # places
     (SCRIPTS, "--output full", "full: holds something already"),
     (["a script"], "--output notes.txt/run", "notes.txt"),
     (EVALUATE, "--output notes.txt", "notes.txt: exists already"),
+    (EVALUATE, "--output missing/answers.jsonl", "its folder does not exist"),
     (SCRIPTS, "--resume missing", "--resume missing: no run there"),
     (["a script"], "--resume empty", "--resume empty: no run there"),
     (["a script"], "--resume notjson", "--resume notjson: its config.json is not a run's"),
@@ -117,6 +124,11 @@ def workspace(tmp_path_factory):
     (model_like(here / "notjson") / "config.json").write_text('{"model_type": ')
     os.truncate(model_like(here / "cut") / "model.safetensors", 100_000)
     (model_like(here / "notokens") / "tokenizer.json").write_text("[]")
+    random_model(vocab_size=20).save_pretrained(model_like(here / "foreign_tokens"))
+    templates = model_like(here / "templates", "*.jinja")
+    (templates / "additional_chat_templates").mkdir()
+    (templates / "additional_chat_templates" / "rag.jinja").write_text("{{ messages }}")
+    (model_like(here / "breaks") / "chat_template.jinja").write_text("{{ messages[0] + 1 }}")
     pickled = model_like(here / "pickled", "*.safetensors")
     torch.save(Attack(), pickled / "pytorch_model.bin")
     owncode = model_like(here / "owncode")

@@ -10,6 +10,7 @@ import datasets
 import pytest
 from conftest import byte_level_tokenizer
 
+from common import data
 from common.data import (
     batch_of,
     drop_long_prompts,
@@ -381,6 +382,17 @@ def test_long_prompts_are_dropped_not_cut(capsys):
     with pytest.raises(BadInput, match="lower it by 6 or more"):
         drop_long_prompts(tokenizer, rows, "", -5)
     assert drop_long_prompts(tokenizer, [], "", 10) == []
+
+
+def test_short_texts_are_not_encoded_to_start(monkeypatch):
+    """However many rows: none of 300 bytes can have 4,000 tokens; one of 2,000 bytes might."""
+    encoded = []
+    monkeypatch.setattr(data, "encode_prompt", lambda tokenizer, text, system: encoded.append(text))
+    rows = [{"problem": "x" * 300} for _ in range(1000)]
+    assert drop_long_prompts(None, rows, "be brief", 4000) == rows and not encoded
+    with pytest.raises(TypeError):  # nothing was encoded, so its length is not known
+        drop_long_prompts(None, [{"problem": "x" * 2000}], "be brief", 4000)
+    assert encoded == ["x" * 2000]
 
 
 def test_the_embedded_tokenizer_gives_text_back():

@@ -24,7 +24,7 @@ MLA = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_he
 LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8,
           "linear_value_head_dim": 8}
 PER_LAYER = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 320,
-             "global_head_dim": 8, "num_kv_shared_layers": 0}
+             "global_head_dim": 16, "num_kv_shared_layers": 0}
 TOWERS = {"text_config": {**SHAPE, "head_dim": 8}, "mm_tokens_per_image": 4,
           "vision_config": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
                             "num_attention_heads": 4, "image_size": 28, "patch_size": 14}}
@@ -34,7 +34,7 @@ FAMILIES = {
     "Glm4": {"head_dim": 8}, "Gemma3Text": {"head_dim": 8, "sliding_window": 16},
     "Mixtral": {}, "GptOss": {"head_dim": 8, "num_local_experts": 4}, "Olmo3": {}, "SeedOss": {},
     "Ernie4_5": {}, "HunYuanDenseV1": {"head_dim": 8}, "Starcoder2": {}, "StableLm": {},
-    "DeepseekV3": MLA, "MiniCPM3": MLA,
+    "DeepseekV3": MLA,
 }
 SCALE = "its own forward differs by"
 REFUSED = {
@@ -44,8 +44,9 @@ REFUSED = {
     "NanoChat": ({}, SCALE),  # a cap
     "Gemma2": ({"head_dim": 8, "final_logit_softcapping": 5.0}, SCALE),
     "Gemma3Text": ({"head_dim": 8, "final_logit_softcapping": 5.0}, SCALE),
+    "MiniCPM3": (MLA, SCALE),
     "Phi": ({}, SCALE),  # a bias
-    "Qwen3_5Text": ({"head_dim": 8, **LINEAR}, "'LinearAttentionLayer' object has no"),
+    "Qwen3_5Text": ({"head_dim": 8, **LINEAR}, "LinearAttention"),
     "Gemma4Text": ({"head_dim": 8, **PER_LAYER}, "per-layer attribute"),
     "Gemma3": (TOWERS, "no model.layers and lm_head"),
 }

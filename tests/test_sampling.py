@@ -10,7 +10,6 @@ from transformers import Gemma3TextConfig, MistralConfig, Qwen2Config
 
 import grpo
 from common import sampling
-from common.flags import BadInput
 from common.logprobs import largest_gap, response_logprobs
 from common.models import rows_at_once, stop_ids
 from common.sampling import decode, join, keep_top_p, pick, sample

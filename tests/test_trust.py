@@ -1,17 +1,20 @@
 """Nothing is lost, executed or wrong in silence: kills, damaged files, full disks, NaN, memory."""
+import io
 import json
 import math
 import os
 import pathlib
 import re
 import resource
+import shutil
 import signal
 import socket
+import sys
 import threading
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_scripts import (
     ROOT,
     TINY,
@@ -22,10 +25,14 @@ from test_scripts import (
     run,
     weights_of,
 )
+from transformers import AutoTokenizer
 
 import common.run
 import grpo
 import long_cot_sft
+import ppo
+from common import evaluate
+from common.flags import parse_args
 from common.run import Run, new_folder
 
 
@@ -286,6 +293,35 @@ def test_a_model_that_cannot_be_written(tmp_path, capsys, monkeypatch, small_fil
     fails(capsys, lambda: run(grpo, "--steps", 1, output=tmp_path / "run"))
 
 
+def test_a_score_is_printed_before_a_full_disk_is_met(tmp_path, capsys, monkeypatch):
+    """16 answers of 4 problems in a file that may not grow beyond 100 bytes: the score stands on
+    the screen, and no half file has the name that was asked for."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    flags = ["--problems", "4", "--k", "4", "--output", str(tmp_path / "answers.jsonl")]
+    try:
+        with pytest.raises(SystemExit) as stop:
+            evaluate.main(flags)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = capsys.readouterr()
+    assert stop.value.code == 2 and "Avg@4" in said.out and "Traceback" not in said.err
+    assert not (tmp_path / "answers.jsonl").exists()
+
+
+def test_a_generation_config_that_could_not_be_saved(tmp_path):
+    """A temperature without do_sample, and a stop token that the script adds: saved with do_sample,
+    so that the temperature means what it says."""
+    base = tmp_path / "base"
+    shutil.copytree(TINY, base, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    config = json.loads((base / "generation_config.json").read_text())
+    config.update(temperature=0.6, top_p=0.95, do_sample=False)
+    (base / "generation_config.json").write_text(json.dumps(config))
+    run(long_cot_sft, "--model", base, "--eval-problems", 0, output=tmp_path / "run")
+    saved = json.loads((tmp_path / "run" / "model" / "generation_config.json").read_text())
+    assert saved["temperature"] == 0.6 and saved["top_p"] == 0.95 and saved["do_sample"] is True
+
+
 def test_places_that_cannot_be_written(capsys, tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (pathlib.Path("/dev/null"), pathlib.Path("/proc"), tmp_path / "file"):
@@ -375,6 +411,90 @@ def test_memory_that_runs_out_is_one_line(error, tmp_path, monkeypatch, capsys):
         raise error
     monkeypatch.setattr(grpo, "sample", sample)
     fails(capsys, lambda: run(grpo, output=tmp_path / "run"), "emory")
+
+
+# models
+
+def test_dropout_is_off_while_training(model_folder, tmp_path):
+    """A model published with a dropout of 0.5: sampler and trainer agree in the first update."""
+    base = tmp_path / "base"
+    shutil.copytree(model_folder, base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.5}))
+    row, *_ = run(ppo, "--model", base, "--steps", 1, "--eval-problems", 0, output=tmp_path / "run")
+    assert row["gap_max"] < 1e-3 and abs(row["kl"]) < 1e-3
+
+
+@pytest.mark.parametrize("rename", [
+    lambda name: None if name == "lm_head.weight" else name, lambda name: f"other.{name}"])
+def test_missing_weights_are_refused(rename, tmp_path, capsys):
+    """Not trained from random numbers."""
+    base = tmp_path / "base"
+    shutil.copytree(TINY, base, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    weights = {rename(name): weight for name, weight in weights_in(base).items()}
+    weights.pop(None, None)
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    fails(capsys, lambda: run(grpo, "--model", base, output=tmp_path / "run"),
+          "weights are not in its files, lm_head.weight")
+
+
+def weights_in(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def test_another_stop_token_of_the_template_is_said(model_folder, tmp_path, capsys):
+    base = tmp_path / "base"
+    shutil.copytree(model_folder, base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.save_pretrained(base)
+    run(grpo, "--model", base, "--steps", 1, "--eval-problems", 0, output=tmp_path / "run")
+    assert "answers also end at '<|im_end|>'" in capsys.readouterr().out
+
+
+def test_adapters_learn_ten_times_as_fast():
+    """3e-4 becomes 3e-3; a rate that is given stays."""
+    for flags, lr in (([], 3e-4), (["--lora-rank", "4"], 3e-3),
+                      (["--lora-rank", "4", "--lr", "1e-5"], 1e-5)):
+        assert parse_args(grpo.Args, grpo.REAL, "", flags).lr == pytest.approx(lr)
+
+
+def test_the_change_is_paired_by_problem(tmp_path, capsys):
+    """Its error is that of the problems' own changes, from the summary's rewards by problem."""
+    run(grpo, "--steps", 1, "--eval-problems", 6, output=tmp_path / "run")
+    said = re.search(r"change: (\S+) ± (\S+),", capsys.readouterr().out)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    pairs = zip(summary["by_problem_before"], summary["by_problem_after"], strict=True)
+    changes = torch.tensor([after - before for before, after in pairs], dtype=torch.float64)
+    assert float(said[1]) == pytest.approx(changes.mean().item(), abs=6e-4)
+    assert float(said[2]) == pytest.approx(changes.std().item() / 6 ** 0.5, abs=6e-4)
+
+
+# processes
+
+def test_a_console_that_is_not_utf_8(tmp_path, monkeypatch):
+    """The line with the plus-minus sign is printed with a question mark, the run ends well."""
+    console = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", console)
+    run(grpo, "--steps", 1, output=tmp_path / "run")
+    console.flush()
+    said = console.buffer.getvalue().decode("ascii")
+    assert re.search(r"change: \S+ \? ", said) and (tmp_path / "run" / "model").exists()
+
+
+@pytest.mark.parametrize("variables, line", [
+    ({"WORLD_SIZE": "2", "RANK": "0"}, "several processes are started by torchrun"),
+    ({"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "RANK": "0"}, "LOCAL_RANK is not set"),
+    ({"TORCHELASTIC_RUN_ID": "x", "LOCAL_RANK": "", "WORLD_SIZE": "2", "RANK": "0"},
+     "LOCAL_RANK is not set"),
+    ({"TORCHELASTIC_RUN_ID": "x", "LOCAL_RANK": "0", "WORLD_SIZE": "", "RANK": "0"},
+     "WORLD_SIZE is not set")])
+def test_processes_that_torchrun_did_not_start(variables, line, tmp_path, capsys, monkeypatch):
+    """As of srun, or of half an environment: not several runs that each believe to be alone."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    fails(capsys, lambda: run(grpo, output=tmp_path / "run"), line)
+    assert not (tmp_path / "run").exists()
 
 
 # supply
