@@ -156,12 +156,13 @@ def write_softer() -> None:
 
 
 def certain(results, name: str, first: bool) -> float:
-    """Share of sampled tokens with probability above 0.9, at the first or the last look."""
+    """Share of sampled tokens with probability above 0.9, at the first or the last look; NaN without a look."""
     looks = []
     for result in results[name]:
         bins = [look["bins"] for look in result["probe"] if "bins" in look]
-        looks.append(bins[0 if first else -1][-1]["share"])
-    return mean(looks)
+        if bins:
+            looks.append(bins[0 if first else -1][-1]["share"])
+    return mean(looks) if looks else math.nan
 
 
 def acting_table(results) -> str:
