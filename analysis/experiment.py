@@ -267,7 +267,7 @@ def crossed(a: list[dict], b: list[dict]) -> float:
     by_seed = standard_error([mean(row) for row in table])
     by_problem = standard_error([mean(column) for column in columns])
     variance = by_seed ** 2 + by_problem ** 2 - standard_error(cells) ** 2
-    return math.sqrt(max(0.0, variance))
+    return math.sqrt(max(variance, 0.0))  # NaN for one seed
 
 
 def apart(values: dict[str, list[float]], digits: int = 3) -> str:

@@ -156,7 +156,7 @@ def write_softer() -> None:
 
 
 def certain(results, name: str, first: bool) -> float:
-    """Share of sampled tokens with probability above 0.9, at the first or the last look; NaN without a look."""
+    """Share of sampled tokens of probability above 0.9, at the first or last look; NaN if none."""
     looks = []
     for result in results[name]:
         bins = [look["bins"] for look in result["probe"] if "bins" in look]
