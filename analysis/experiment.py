@@ -85,8 +85,10 @@ class Watched(Run):
         waits = [re.search(r"\bwait\b", text, re.IGNORECASE) is not None for text in texts]
         self.summary[f"wait_{when}"] = mean(waits)
         if when == "before":
-            names = [name for name in self.summary if name.endswith("_before") or name == "k"]
-            known = {name: self.summary[name] for name in names}
+            known = {}
+            for name, value in self.summary.items():
+                if name.endswith("_before") or name == "k":
+                    known[name] = value
             own = cache.with_name(self.folder.name + ".before")  # another run may write it as well
             own.write_text(json.dumps({"summary": known, "result": result}))
             own.replace(cache)
@@ -238,7 +240,8 @@ def standard_error(values) -> float:
 
 def spread(values, digits: int = 3) -> str:
     """mean (lowest to highest)"""
-    figures = [f"{x:.{digits}f}" for x in (mean(values), min(values), max(values))]
+    three = mean(values), min(values), max(values)
+    figures = [f"{x:.{digits}f}" for x in three]
     return "{} ({} to {})".format(*figures)
 
 
@@ -341,7 +344,9 @@ def write(name: str, results: dict, tables: dict[str, str], page: str | None = N
     In the page a table stands between <!-- table: key --> and <!-- end -->; the words around it
     are ours.
     """
-    found = {arm: [kept(result) for result in seeds] for arm, seeds in results.items()}
+    found = {}
+    for arm, seeds in results.items():
+        found[arm] = [kept(result) for result in seeds]
     (PAGES / f"{name}.json").write_text(json.dumps(found, separators=(",", ":")) + "\n")
     place = PAGES / f"{page or name}.md"
     text = place.read_text()

@@ -349,6 +349,7 @@ def main():
         args.seeds += 2  # more of the two that are compared
         pair = {name: ACTING[name] for name in ("ratio 0.02", "kl3 0.02")}
         pair = ex.Results(ex.runs("kl3_acting", pair, args))
+        args.seeds -= 2
         tables = {"acting": acting_table(acting), "pair": pair_table(pair)}
         ex.write("kl3_acting", {**acting, **pair}, tables, page="kl3_grpo")
     if "arms" in args.parts:
