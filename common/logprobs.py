@@ -10,7 +10,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from common.distributed import everyone, gather_rest, rank
+from common.distributed import everyone, gather_rest, gathered, rank
 from common.flags import BadInput
 from common.models import autocast, causal_lm, compute_dtype
 from common.sampling import join, sample
@@ -144,7 +144,7 @@ def check_model(model, tokenizer, prompt: list[int], trained: bool = True) -> No
     try:
         rollout = sample(model, tokenizer, [prompt[-9:], prompt[-2:]], 1, 4, alone=True)
         ids, predicts = join(rollout.prompts, rollout.tokens, rollout.lengths)  # (2, S) each
-        with autocast(model):
+        with gathered(lm), autocast(model):  # split again at its end, as an optimiser wants it
             own = lm(input_ids=ids, use_cache=False).logits[predicts]           # (N, V)
             hidden = states_before_answers(model, rollout)                      # (N, D)
             plain = hidden @ lm.lm_head.weight.T                                # (N, V)
