@@ -106,11 +106,19 @@ REAL = {"steps": 300, "prompts_per_step": 128, "group_size": 8, "max_new_tokens"
         "internal_steps": 30}
 
 
+def paper_layer(config) -> int:
+    """The paper's own choice by family: 6 of 36 blocks of Qwen3, 27 of 28 of a Llama; 1-based."""
+    L = config.num_hidden_layers
+    return round(L / 6) if config.model_type.startswith("qwen") else L - 1
+
+
 def choose_layer(run) -> int:
     """--layer: the number given, or the end of the exploration region, with the table it is read
-    from, measured on 64 answers of the model. BadInput outside 1..L, or if no FFN explores."""
+    from, measured on 64 answers of the model; where no FFN explores, the paper's choice for the
+    family. BadInput outside 1..L."""
     args = run.args
-    L = causal_lm(run.model).config.num_hidden_layers
+    lm = causal_lm(run.model)
+    L = lm.config.num_hidden_layers
     if args.layer != "auto":
         if not (args.layer.isdecimal() and 1 <= int(args.layer) <= L):
             raise BadInput(f"--layer {args.layer}: auto, or a block, 1 (the lowest) to {L}")
@@ -118,17 +126,23 @@ def choose_layer(run) -> int:
     rollout = sample(run.model, run.tokenizer, run.encode(run.train[:16]), 4,
                      min(args.max_new_tokens, 512), args.temperature, seed=args.seed, alone=True)
     ids, predicts = join(rollout.prompts, rollout.tokens, rollout.lengths)
+    most = max(256, 10**12 // (L * lm.lm_head.weight.numel()))  # tokens, 24 TFLOP
+    order = torch.randperm(int(predicts.sum()), generator=torch.Generator().manual_seed(args.seed))
+    predicts[predicts.clone()] = (order < most).to(predicts.device)
     entropies = internal_entropies(run.model, ids, None, predicts)
     change = entropy_changes(entropies)["ffn"]                          # (L,), eq. 13
+    usual = paper_layer(lm.config)
     try:
-        layer = min(boundary_layer(change), L - 1)
-    except ValueError as error:
-        raise BadInput(f"--layer auto: {error}, with --layer N") from error
+        layer, why = min(boundary_layer(change), L - 1), "exploration ends"
+    except ValueError:
+        layer, why = usual, "the paper's choice for its family, as no block's FFN explores"
     print("block   entropy of its policy   change by its FFN   (nats)")
     for block in range(1, L + 1):
-        mark = "   <- exploration ends" if block == layer else ""
+        mark = f"   <- {why}" if block == layer else ""
         policy = entropies["layer_out"][block - 1]
         print(f"{block:5} {policy:23.3f} {change[block - 1]:+19.3f}{mark}")
+    if args.model != "tiny":
+        print(f"the paper's own choice for this family: --layer {usual}")
     return layer
 
 
