@@ -14,12 +14,15 @@ from types import SimpleNamespace
 import torch
 
 from analysis import experiment as ex
-from common.data import encode_prompt, load_problems
+from analysis.experiment import Arm
+from common.data import encode_prompt, load_problems, read_rows
+from common.evaluate import evaluate
 from common.flags import BOXED
-from common.internal_policy import block_streams, boundary_layer, entropy
+from common.internal_policy import block_streams, entropy
 from common.models import causal_lm, load_model, load_tokenizer
 from common.sampling import join, sample
-from long_cot_sft import ask_teacher
+from common.verify import extract_answer
+from long_cot_sft import ask_teacher, reward
 
 QWEN = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
 SMOL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -31,7 +34,9 @@ STYLES = {
               "no other words, then the result in a box. Example: Compute 12+3*4-5.\n3*4=12\n"
               "12+12=24\n24-5=19\n\\boxed{19}", 8),
 }
-PROBLEMS = 160
+PROBLEMS = 96
+HELD_OUT = 32
+LENGTH = 224  # longest answer to GSM8K
 TOKENS = 256  # pooled in a look inside
 
 
@@ -47,7 +52,8 @@ def inside(name: str, problems: list[dict]) -> dict:
 
     -> "policy" H^l E^T as in the paper, "normed" through the final norm, "one size" with every
     state scaled to the size of a final one; "change" by the FFN, "change x 4", "change / 4" with
-    the whole stream scaled, which no reader in the model would see; "rms" of H^l.
+    the whole stream scaled, which no reader in the model would see; "rms" of H^l; "repeats", the
+    share of tokens at which the block's first choice is the token it has just read.
     """
     torch.set_num_threads(1)
     tokenizer = load_tokenizer(name)
@@ -66,6 +72,10 @@ def inside(name: str, problems: list[dict]) -> dict:
         pieces = [entropy(lm.lm_head(piece)) for piece in x.split(64)]
         return torch.cat(pieces).mean().item()
 
+    def repeats(x):
+        pieces = [lm.lm_head(piece).argmax(-1) for piece in x.split(64)]
+        return (torch.cat(pieces) == ids[predicts]).float().mean().item()
+
     def visit(streams):
         H, F = streams["layer_out"], streams["ffn_out"]                         # (N, D) each
         rms = H.pow(2).mean(-1, keepdim=True).sqrt()                            # (N, 1)
@@ -73,13 +83,61 @@ def inside(name: str, problems: list[dict]) -> dict:
         blocks.append({
             "policy": nats(H), "normed": nats(lm.model.norm(H)), "one size": nats(H / rms * size),
             "change": nats(F) - read, "change x 4": nats(4 * F) - read,
-            "change / 4": nats(F / 4) - read, "rms": rms.mean().item()})
+            "change / 4": nats(F / 4) - read, "rms": rms.mean().item(),
+            "repeats": repeats(H)})
 
     block_streams(model, ids, None, predicts, visit)
     found = {key: [block[key] for block in blocks] for key in blocks[0]}
     last = nats(final)
     return {**found, "model": last, "tokens": len(final), "answers": len(prompts),
             "final rms": size.item(), "ln V": math.log(len(lm.lm_head.weight))}
+
+
+def look(model, tokenizer, problems: list[dict], system: str, length: int) -> dict:
+    """Greedy and at the paper's temperature: accuracy, share ended and boxed, accuracy given a
+    box, tokens."""
+    found = {}
+    for temperature, k in ((0.0, 1), (0.5, 2)):
+        result = evaluate(model, tokenizer, problems, reward, k, length, temperature, seed=7,
+                          system=system)
+        texts = [text for row in result["answers"] for text in row["responses"]]
+        rewards = [value for row in result["answers"] for value in row["rewards"]]
+        boxed = [extract_answer(text) is not None for text in texts]
+        found[str(temperature)] = {
+            "accuracy": result["avg_at_k"], "error": result["standard_error"],
+            "ended": 1 - result["truncated"], "length": result["length"],
+            "boxed": ex.mean(boxed), "given a box": sum(rewards) / max(1, sum(boxed))}
+    return found
+
+
+def easy(name: str, split: str) -> list[dict]:
+    """GSM8K problems whose solution takes two steps or fewer, by the seed 0."""
+    steps = {}
+    for row in read_rows(name, split):
+        text = row.get("solution") or row["answer"]
+        steps[row.get("question") or row["problem"]] = text.count("<<")
+    return [row for row in load_problems(name, split) if steps[row["problem"]] <= 2]
+
+
+def after_em(run) -> dict:
+    """On held-out GSM8K problems, all easy ones."""
+    problems = easy(run.args.eval_data, "test")[:HELD_OUT]
+    return look(run.model, run.tokenizer, problems, BOXED, run.args.max_new_tokens)
+
+
+def untrained(name: str, problems: list[dict]) -> dict:
+    return look(frozen(name), load_tokenizer(name), problems, BOXED, LENGTH)
+
+
+def no_checkpoints(run, _optimizer) -> None:
+    """Ten times eight GB are spared."""
+    run.save = print
+
+
+def ascend(run, optimizer) -> None:
+    """The control: the same updates uphill."""
+    no_checkpoints(run, optimizer)
+    optimizer.param_groups[0]["maximize"] = True
 
 
 def ask(teacher: str, style: str) -> list[dict]:
@@ -101,3 +159,92 @@ def ask(teacher: str, style: str) -> list[dict]:
         with open(path, "a") as file:
             file.writelines(json.dumps(row) + "\n" for row in found)
     return rows
+
+
+def distil(args) -> dict:
+    """The student learns from both styles."""
+    arms = {}
+    for style in STYLES:
+        ask(args.at(QWEN), style)
+        arms[f"SFT {style}"] = Arm(
+            "long_cot_sft.py", f"--model {args.at(SMOL)} --traces {BASE}/traces-{style}.jsonl "
+            "--dtype bfloat16 --epochs 3 --batch-size 16 --lr 1e-4 --max-new-tokens 160 "
+            "--eval-problems 48 --micro-batch-tokens 2048")
+    return ex.runs("pretrained/distil", arms, args)
+
+
+def reinforce(args) -> dict:
+    """From the student of the short style: four methods, equally many rollouts."""
+    student = BASE / "distil" / "SFT_short-0" / "model"
+    flags = (f"--model {student} --dtype bfloat16 --steps 6 --prompts-per-step 8 --group-size 8 "
+             "--max-new-tokens 96 --eval-problems 48 --micro-batch-tokens 2048 ")
+    arms = {
+        "GRPO": Arm("grpo.py", flags + "--lr 3e-5"),
+        "BuPO": Arm("bupo.py", flags + "--lr 3e-5 --layer 29 --internal-steps 2"),
+        "ATR-GRPO": Arm("kl3_grpo.py", flags + "--lr 2e-5 --updates-per-rollout 2"),
+        "PPO": Arm("ppo.py", flags + "--lr 2e-5 --updates-per-rollout 2 --critic-lr 1e-4"),
+    }
+    return ex.runs("pretrained/reinforce", arms, args)
+
+
+def one_shot(args) -> dict:
+    """Ten updates on one problem, down and up, and the model before."""
+    problems = easy(args.gsm8k[1], "test")[:HELD_OUT]
+    name = args.at(QWEN)
+    before = cached("before-em", untrained, name, problems)
+    train = BASE / "gsm8k-easy.jsonl"
+    rows = easy(args.gsm8k[0], "train")
+    train.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = (f"--model {name} --data {train} --eval-data {args.gsm8k[1]} --eval-problems 0 "
+             f"--dtype bfloat16 --steps 10 --group-size 8 --max-new-tokens {LENGTH} "
+             "--micro-batch-tokens 2048 ")
+    chosen = "--problem-file {runs}/problem.txt"
+    down = {"EM": Arm("entropy_min.py", flags + "--select 8", prepare=no_checkpoints,
+                      after=after_em)}
+    results = ex.runs("pretrained/em", down, args)
+    [problem] = results["EM"][0]["summary"]["problems"]
+    (BASE / "em" / "problem.txt").write_text(problem)
+    up = {"entropy ascent": Arm("entropy_min.py", flags + chosen, prepare=ascend, after=after_em)}
+    return {"before": before, **results, **ex.runs("pretrained/em", up, args)}
+
+
+def cached(name: str, make, *given):
+    """What make(*given) gives, kept in runs/analysis/pretrained/<name>.json."""
+    path = BASE / f"{name}.json"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(make(*given)))
+    return json.loads(path.read_text())
+
+
+def look_inside(args) -> dict:
+    problems = load_problems(args.gsm8k[1], "test", count=16)
+    return {name: cached(f"inside-{name.split('/')[1]}", inside, args.at(name), problems)
+            for name in (SMOL, QWEN)}
+
+
+PARTS = {"inside": look_inside, "distil": distil, "reinforce": reinforce, "em": one_shot}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", help="folder that holds both models by name; default: the hub")
+    parser.add_argument("--gsm8k", nargs=2, default=["openai/gsm8k:main"] * 2,
+                        metavar=("TRAIN", "TEST"))
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--seeds", type=int, default=1)
+    args = parser.parse_args()
+    args.workers, args.more = 1, ""
+
+    def at(name):
+        return str(pathlib.Path(args.models) / name.split("/")[1]) if args.models else name
+
+    args.at = at
+    torch.set_num_threads(1)
+    found = {part: PARTS[part](args) for part in args.parts}
+    print(json.dumps(list(found)))
+
+
+if __name__ == "__main__":
+    main()
