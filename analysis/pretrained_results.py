@@ -14,11 +14,11 @@ from types import SimpleNamespace
 import torch
 
 from analysis import experiment as ex
-from analysis.experiment import Arm
+from analysis.experiment import BLUE, GREEN, GREY, ORANGE, SKY, Arm
 from common.data import encode_prompt, load_problems, read_rows
 from common.evaluate import evaluate
 from common.flags import BOXED
-from common.internal_policy import block_streams, entropy
+from common.internal_policy import block_streams, boundary_layer, entropy
 from common.models import causal_lm, load_model, load_tokenizer
 from common.sampling import join, sample
 from common.verify import extract_answer
@@ -223,7 +223,100 @@ def look_inside(args) -> dict:
             for name in (SMOL, QWEN)}
 
 
-PARTS = {"inside": look_inside, "distil": distil, "reinforce": reinforce, "em": one_shot}
+def rule(change) -> str:
+    """The end of the exploration region, and the last block whose FFN raises the entropy."""
+    last = max((i + 1 for i, nats in enumerate(change) if nats > 0), default="none")
+    try:
+        return f"{boundary_layer(change)} / {last}"
+    except ValueError:
+        return f"none / {last}"
+
+
+def inside_table(found: dict) -> str:
+    heads = ["", *[name.split("/")[1] for name in found]]
+    rows = []
+
+    def row(title, reading):
+        rows.append([title, *[reading(view) for view in found.values()]])
+
+    def at(view, key):
+        L = len(view[key])
+        places = (0, L // 4 - 1, L // 2 - 1, 3 * L // 4 - 1, L - 2, L - 1)
+        return ", ".join(f"{view[key][i]:.2f}" for i in places)
+
+    row("blocks, ln V", lambda view: f"{len(view['policy'])}, {view['ln V']:.2f}")
+    row("entropy of the model, nats", lambda view: f"{view['model']:.2f}")
+    row("policy of blocks 1, L/4, L/2, 3L/4, L-1, L", lambda view: at(view, "policy"))
+    row("through the final norm", lambda view: at(view, "normed"))
+    row("at the final size, no gain", lambda view: at(view, "one size"))
+    row("rms of the stream", lambda view: at(view, "rms"))
+    row("rms behind the final norm", lambda view: f"{view['final rms']:.2f}")
+    row("rule / last FFN that raises", lambda view: rule(view["change"]))
+    row("the same, stream x 4", lambda view: rule(view["change x 4"]))
+    row("the same, stream / 4", lambda view: rule(view["change / 4"]))
+    row("first choice is the token just read, block 1", lambda view: f"{view['repeats'][0]:.3f}")
+    return ex.table(heads, rows)
+
+
+def draw_inside(found: dict) -> None:
+    """A row per model: entropies, what the FFN changes, the stream's size."""
+    figure, axes = ex.plt.subplots(len(found), 3, figsize=(14, 7.6), constrained_layout=True)
+    entropies = (("policy", "as in the paper", ORANGE, "-"),
+                 ("normed", "through the final norm", BLUE, "-"),
+                 ("one size", "at the final size, no gain", SKY, "--"))
+    changes = (("change", "as it is", ORANGE, "-"), ("change x 4", "stream x 4", GREY, "--"),
+               ("change / 4", "stream / 4", GREY, ":"))
+    for (name, view), (left, middle, right) in zip(found.items(), axes, strict=True):
+        blocks = range(1, len(view["rms"]) + 1)
+        for axis, lines in ((left, entropies), (middle, changes)):
+            for key, label, color, style in lines:
+                axis.plot(blocks, view[key], style, color=color, label=label, linewidth=2)
+        right.plot(blocks, view["rms"], color=GREEN, linewidth=2)
+        left.axhline(view["ln V"], color=GREY, linewidth=1, linestyle=":")
+        middle.axhline(0, color="black", linewidth=0.8)
+        right.set_yscale("log")
+        short = name.split("/")[1].removesuffix("-Instruct")
+        ex.tidy(left, f"{short}: entropy of each block's policy, nats", "block", legend=True)
+        ex.tidy(middle, "change by the FFN, nats", "block", legend=True)
+        ex.tidy(right, "size (rms) of the stream", "block")
+    ex.save(figure, "pretrained.png")
+
+
+def em_table(found: dict) -> str:
+    heads = ["", "temperature", "accuracy", "ended", "boxed", "accuracy given a box", "tokens"]
+    rows = []
+    views = {"before": found["before"]}
+    for name in ("EM", "entropy ascent"):
+        if name in found:
+            views[name] = found[name][0]["after"]
+    for temperature in found["before"]:
+        for name, view in views.items():
+            row = view[temperature]
+            rows.append([name, temperature, f"{row['accuracy']:.3f} ± {row['error']:.3f}",
+                         f"{row['ended']:.2f}", f"{row['boxed']:.2f}", f"{row['given a box']:.2f}",
+                         f"{row['length']:.0f}"])
+    return ex.table(heads, rows)
+
+
+def trained_table(found: dict) -> str:
+    """Accuracy, length and reflection words before and after, of every run."""
+    heads = ["run", "Avg@8 before", "after", "Pass@8", "tokens before", "after",
+             "largest gap, nats", "minutes"]
+    rows = []
+    for name, results in found.items():
+        for result in results:
+            about = result["summary"]
+            gaps = [row.get("gap_max", 0.0) for row in result["rows"]]
+            accuracies = [f"{about[f'avg_at_k_{when}']:.3f} ± {about[f'standard_error_{when}']:.3f}"
+                          for when in ("before", "after")]
+            rows.append([name, *accuracies, f"{about['pass_at_after']['8']:.2f}",
+                         f"{about['length_before']:.0f}", f"{about['length_after']:.0f}",
+                         f"{max(gaps):.2f}", f"{about['seconds'] / 60:.0f}"])
+    return ex.table(heads, rows)
+
+
+PARTS = {"inside": (look_inside, inside_table), "em": (one_shot, em_table),
+         "distil": (distil, trained_table), "reinforce": (reinforce, trained_table)}
 
 
 def main():
@@ -242,8 +335,17 @@ def main():
 
     args.at = at
     torch.set_num_threads(1)
-    found = {part: PARTS[part](args) for part in args.parts}
-    print(json.dumps(list(found)))
+    tables, results = {}, {}
+    for part in args.parts:
+        make, as_table = PARTS[part]
+        found = make(args)
+        tables[part] = as_table(found)
+        if part == "inside":
+            draw_inside(found)
+            (ex.PAGES / "pretrained_inside.json").write_text(json.dumps(found) + "\n")
+        else:
+            results.update({arm: of for arm, of in found.items() if arm != "before"})
+    ex.write("pretrained", results, tables)
 
 
 if __name__ == "__main__":
