@@ -276,8 +276,8 @@ def draw_inside(found: dict) -> None:
         middle.axhline(0, color="black", linewidth=0.8)
         right.set_yscale("log")
         short = name.split("/")[1].removesuffix("-Instruct")
-        ex.tidy(left, f"{short}: entropy of each block's policy, nats", "block", legend=True)
-        ex.tidy(middle, "change by the FFN, nats", "block", legend=True)
+        ex.tidy(left, f"{short}: entropy by block, nats", "block", legend=True)
+        ex.tidy(middle, "its change by the FFN, nats", "block", legend=name == QWEN)
         ex.tidy(right, "size (rms) of the stream", "block")
     ex.save(figure, "pretrained.png")
 
