@@ -180,7 +180,7 @@ def reinforce(args) -> dict:
              "--max-new-tokens 96 --eval-problems 48 --micro-batch-tokens 2048 ")
     arms = {
         "GRPO": Arm("grpo.py", flags + "--lr 3e-5"),
-        "BuPO": Arm("bupo.py", flags + "--lr 3e-5 --layer 29 --internal-steps 2"),
+        "BuPO": Arm("bupo.py", flags + "--lr 3e-5 --layer auto --internal-steps 2"),
         "ATR-GRPO": Arm("kl3_grpo.py", flags + "--lr 2e-5 --updates-per-rollout 2"),
         "PPO": Arm("ppo.py", flags + "--lr 2e-5 --updates-per-rollout 2 --critic-lr 1e-4"),
     }
