@@ -15,13 +15,14 @@ import torch
 
 from analysis import experiment as ex
 from analysis.experiment import BLUE, GREEN, GREY, ORANGE, SKY, Arm
-from common.data import encode_prompt, load_problems, read_rows
+from common.data import batch_of, encode_prompt, load_problems, read_rows
 from common.evaluate import evaluate
 from common.flags import BOXED
 from common.internal_policy import block_streams, boundary_layer, entropy
 from common.models import causal_lm, load_model, load_tokenizer
 from common.sampling import join, sample
 from common.verify import extract_answer
+from entropy_min import accuracy_variance
 from long_cot_sft import ask_teacher, reward
 
 QWEN = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
@@ -187,25 +188,30 @@ def reinforce(args) -> dict:
     return ex.runs("pretrained/reinforce", arms, args)
 
 
+def most_uncertain(name: str, train: str) -> str:
+    """Of eight problems the one whose eight answers at temperature 1 vary most in correctness."""
+    rows = batch_of(load_problems(train), 0, 8, seed=0)
+    result = evaluate(frozen(name), load_tokenizer(name), rows, reward, 8, LENGTH, system=BOXED)
+    rewards = torch.tensor([row["rewards"] for row in result["answers"]])       # (8, 8)
+    return rows[accuracy_variance(rewards).argmax()]["problem"]
+
+
 def one_shot(args) -> dict:
     """Ten updates on one problem, down and up, and the model before."""
-    problems = easy(args.gsm8k[1], "test")[:HELD_OUT]
     name = args.at(QWEN)
+    problems = easy(args.gsm8k[1], "test")[:HELD_OUT]
     before = cached("before-em", untrained, name, problems)
     train = BASE / "gsm8k-easy.jsonl"
     rows = easy(args.gsm8k[0], "train")
     train.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chosen = BASE / "problem.txt"
+    chosen.write_text(cached("problem", most_uncertain, name, str(train)))
     flags = (f"--model {name} --data {train} --eval-data {args.gsm8k[1]} --eval-problems 0 "
-             f"--dtype bfloat16 --steps 10 --group-size 8 --max-new-tokens {LENGTH} "
-             "--micro-batch-tokens 2048 ")
-    chosen = "--problem-file {runs}/problem.txt"
-    down = {"EM": Arm("entropy_min.py", flags + "--select 8", prepare=no_checkpoints,
-                      after=after_em)}
-    results = ex.runs("pretrained/em", down, args)
-    [problem] = results["EM"][0]["summary"]["problems"]
-    (BASE / "em" / "problem.txt").write_text(problem)
-    up = {"entropy ascent": Arm("entropy_min.py", flags + chosen, prepare=ascend, after=after_em)}
-    return {"before": before, **results, **ex.runs("pretrained/em", up, args)}
+             f"--problem-file {chosen} --dtype bfloat16 --steps 10 --group-size 8 "
+             f"--max-new-tokens {LENGTH} --micro-batch-tokens 2048")
+    arms = {"EM": Arm("entropy_min.py", flags, prepare=no_checkpoints, after=after_em),
+            "entropy ascent": Arm("entropy_min.py", flags, prepare=ascend, after=after_em)}
+    return {"before": before, **ex.runs("pretrained/em", arms, args)}
 
 
 def cached(name: str, make, *given):
