@@ -13,7 +13,8 @@ model. This file is grpo.py with a layer: diff grpo.py bupo.py.
 
 Deviations from the paper, and why:
 1. The paper names its layers by hand (Qwen3-4B: 6 of 36). --layer auto measures: the end of the
-   first run of blocks whose FFN raises entropy, at most L - 1, as block L's policy is the model's.
+   first run of blocks whose FFN raises entropy, at most L - 1, as block L's policy is the model's;
+   where none does, the paper's choice for the family.
 2. In the first phase the blocks above l are not run, which gives the same gradient in less time;
    the authors run them for their logs.
 3. The loss is a mean over all tokens of an update (paper: per answer first; its code: per
@@ -95,7 +96,7 @@ class Args(Shared):
     lr: float = flag(3e-4, "AdamW, constant; ten times that with --lora-rank; BuPO: 1e-6", above=0)
     updates_per_rollout: int = flag(1, "each on its share of the prompts; BuPO: 4", low=1)
     layer: str = flag("auto", "block whose policy is trained first, 1 is the lowest; auto: the end "
-                      "of the exploration region")
+                      "of the exploration region, without one the paper's choice for the family")
     internal_steps: int = flag(3, "rollouts of the first phase; BuPO: 30 of 300", low=0)
     final_norm: bool = flag(False, "read the layer through the last norm: worse in the paper")
     clip_low: float = flag(0.2, "bad tokens below ratio 1 - this get no gradient", low=0, high=1)
@@ -135,14 +136,14 @@ def choose_layer(run) -> int:
     try:
         layer, why = min(boundary_layer(change), L - 1), "exploration ends"
     except ValueError:
-        layer, why = usual, "the paper's choice for its family, as no block's FFN explores"
+        layer, why = usual, "no FFN explores: the paper's choice for the family"
     print("block   entropy of its policy   change by its FFN   (nats)")
     for block in range(1, L + 1):
         mark = f"   <- {why}" if block == layer else ""
         policy = entropies["layer_out"][block - 1]
         print(f"{block:5} {policy:23.3f} {change[block - 1]:+19.3f}{mark}")
-    if args.model != "tiny":
-        print(f"the paper's own choice for this family: --layer {usual}")
+    if args.model != "tiny" and layer != usual:
+        print(f"the paper's own choice for this family would be --layer {usual}")
     return layer
 
 

@@ -36,6 +36,7 @@ STYLES = {
               "12+12=24\n24-5=19\n\\boxed{19}", 8),
 }
 PROBLEMS = 96
+TIMES = ("before", "after")
 HELD_OUT = 32
 LENGTH = 224  # longest answer to GSM8K
 TOKENS = 256  # pooled in a look inside
@@ -305,19 +306,25 @@ def em_table(found: dict) -> str:
 
 
 def trained_table(found: dict) -> str:
-    """Accuracy, length and reflection words before and after, of every run."""
-    heads = ["run", "Avg@8 before", "after", "Pass@8", "tokens before", "after",
-             "largest gap, nats", "minutes"]
+    """Of every run; differences and their errors are paired by problem."""
+    first = list(found)[0]
+    heads = ["run", "Avg@8 before", "after", "change", f"minus {first}", "Pass@8 before", "after",
+             "tokens before", "after", "\"however\" before", "after", "largest gap, nats", "s"]
     rows = []
     for name, results in found.items():
-        for result in results:
+        for result, other in zip(results, found[first], strict=True):
             about = result["summary"]
-            gaps = [row.get("gap_max", 0.0) for row in result["rows"]]
-            accuracies = [f"{about[f'avg_at_k_{when}']:.3f} ± {about[f'standard_error_{when}']:.3f}"
-                          for when in ("before", "after")]
-            rows.append([name, *accuracies, f"{about['pass_at_after']['8']:.2f}",
-                         f"{about['length_before']:.0f}", f"{about['length_after']:.0f}",
-                         f"{max(gaps):.2f}", f"{about['seconds'] / 60:.0f}"])
+            before, after = about["by_problem_before"], about["by_problem_after"]
+            words = [about.get(f"reflection_{when}", {}).get("however") for when in TIMES]
+            gaps = [row["gap_max"] for row in result["rows"] if "gap_max" in row]
+            rows.append([
+                name, *[f"{about[f'avg_at_k_{when}']:.3f}" for when in TIMES],
+                ex.paired(after, before),
+                "" if name == first else ex.paired(after, other["summary"]["by_problem_after"]),
+                *[f"{about[f'pass_at_{when}']['8']:.2f}" for when in TIMES],
+                *[f"{about[f'length_{when}']:.0f}" for when in TIMES],
+                *["" if share is None else f"{share:.3f}" for share in words],
+                f"{max(gaps):.2f}" if gaps else "", f"{about['seconds']:.0f}"])
     return ex.table(heads, rows)
 
 
