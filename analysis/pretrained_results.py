@@ -62,7 +62,8 @@ def inside(name: str, problems: list[dict]) -> dict:
     prompts = [encode_prompt(tokenizer, row["problem"], BOXED) for row in problems]
     rollout = sample(frozen(name), tokenizer, prompts, 1, 160, seed=0)
     ids, predicts = join(rollout.prompts, rollout.tokens, rollout.lengths)      # (B, S) each
-    order = torch.randperm(int(predicts.sum()), generator=torch.Generator().manual_seed(0))
+    seeded = torch.Generator().manual_seed(0)
+    order = torch.randperm(int(predicts.sum()), generator=seeded)
     predicts[predicts.clone()] = order < TOKENS
     model = frozen(name, "float32")
     lm = causal_lm(model)
@@ -75,24 +76,35 @@ def inside(name: str, problems: list[dict]) -> dict:
         return torch.cat(pieces).mean().item()
 
     def repeats(x):
-        pieces = [lm.lm_head(piece).argmax(-1) for piece in x.split(64)]
-        return (torch.cat(pieces) == ids[predicts]).float().mean().item()
+        first = [lm.lm_head(piece).argmax(-1) for piece in x.split(64)]
+        same = torch.cat(first) == ids[predicts]
+        return same.float().mean().item()
 
     def visit(streams):
         H, F = streams["layer_out"], streams["ffn_out"]                         # (N, D) each
         rms = H.pow(2).mean(-1, keepdim=True).sqrt()                            # (N, 1)
         read = nats(streams["ffn_in"])
         blocks.append({
-            "policy": nats(H), "normed": nats(lm.model.norm(H)), "one size": nats(H / rms * size),
-            "change": nats(F) - read, "change x 4": nats(4 * F) - read,
-            "change / 4": nats(F / 4) - read, "rms": rms.mean().item(),
-            "repeats": repeats(H)})
+            "policy": nats(H),
+            "normed": nats(lm.model.norm(H)),
+            "one size": nats(H / rms * size),
+            "change": nats(F) - read,
+            "change x 4": nats(4 * F) - read,
+            "change / 4": nats(F / 4) - read,
+            "rms": rms.mean().item(),
+            "repeats": repeats(H),
+        })
 
     block_streams(model, ids, None, predicts, visit)
     found = {key: [block[key] for block in blocks] for key in blocks[0]}
-    last = nats(final)
-    return {**found, "model": last, "tokens": len(final), "answers": len(prompts),
-            "final rms": size.item(), "ln V": math.log(len(lm.lm_head.weight))}
+    return {
+        **found,
+        "model": nats(final),
+        "tokens": len(final),
+        "answers": len(prompts),
+        "final rms": size.item(),
+        "ln V": math.log(len(lm.lm_head.weight)),
+    }
 
 
 def look(model, tokenizer, problems: list[dict], system: str, length: int) -> dict:
@@ -106,9 +118,13 @@ def look(model, tokenizer, problems: list[dict], system: str, length: int) -> di
         rewards = [value for row in result["answers"] for value in row["rewards"]]
         boxed = [extract_answer(text) is not None for text in texts]
         found[str(temperature)] = {
-            "accuracy": result["avg_at_k"], "error": result["standard_error"],
-            "ended": 1 - result["truncated"], "length": result["length"],
-            "boxed": ex.mean(boxed), "given a box": sum(rewards) / max(1, sum(boxed))}
+            "accuracy": result["avg_at_k"],
+            "error": result["standard_error"],
+            "ended": 1 - result["truncated"],
+            "length": result["length"],
+            "boxed": ex.mean(boxed),
+            "given a box": sum(rewards) / max(1, sum(boxed)),
+        }
     return found
 
 
@@ -156,7 +172,8 @@ def ask(teacher: str, style: str) -> list[dict]:
                           teacher_top_p=0.95, keep="verified")
     path.parent.mkdir(parents=True, exist_ok=True)
     for start in range(0, len(problems), 32):
-        found = ask_teacher(model, tokenizer, problems[start:start + 32], system, len(rows), how)
+        batch = problems[start:start + 32]
+        found = ask_teacher(model, tokenizer, batch, system, len(rows), how)
         rows += found
         with open(path, "a") as file:
             file.writelines(json.dumps(row) + "\n" for row in found)
@@ -204,7 +221,8 @@ def one_shot(args) -> dict:
     before = cached("before-em", untrained, name, problems)
     train = BASE / "gsm8k-easy.jsonl"
     rows = easy(args.gsm8k[0], "train")
-    train.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = [json.dumps(row) + "\n" for row in rows]
+    train.write_text("".join(lines))
     chosen = BASE / "problem.txt"
     chosen.write_text(cached("problem", most_uncertain, name, str(train)))
     flags = (f"--model {name} --data {train} --eval-data {args.gsm8k[1]} --eval-problems 0 "
@@ -232,11 +250,10 @@ def look_inside(args) -> dict:
 
 def rule(change) -> str:
     """The end of the exploration region, and the last block whose FFN raises the entropy."""
-    last = max((i + 1 for i, nats in enumerate(change) if nats > 0), default="none")
-    try:
-        return f"{boundary_layer(change)} / {last}"
-    except ValueError:
-        return f"none / {last}"
+    rises = [block for block, nats in enumerate(change, 1) if nats > 0]
+    if not rises:
+        return "none / none"
+    return f"{boundary_layer(change)} / {rises[-1]}"
 
 
 def inside_table(found: dict) -> str:
@@ -248,8 +265,8 @@ def inside_table(found: dict) -> str:
 
     def at(view, key):
         L = len(view[key])
-        places = (0, L // 4 - 1, L // 2 - 1, 3 * L // 4 - 1, L - 2, L - 1)
-        return ", ".join(f"{view[key][i]:.2f}" for i in places)
+        blocks = (1, L // 4, L // 2, 3 * L // 4, L - 1, L)
+        return ", ".join(f"{view[key][block - 1]:.2f}" for block in blocks)
 
     row("blocks, ln V", lambda view: f"{len(view['policy'])}, {view['ln V']:.2f}")
     row("entropy of the model, nats", lambda view: f"{view['model']:.2f}")
@@ -271,7 +288,8 @@ def draw_inside(found: dict) -> None:
     entropies = (("policy", "as in the paper", ORANGE, "-"),
                  ("normed", "through the final norm", BLUE, "-"),
                  ("one size", "at the final size, no gain", SKY, "--"))
-    changes = (("change", "as it is", ORANGE, "-"), ("change x 4", "stream x 4", GREY, "--"),
+    changes = (("change", "as it is", ORANGE, "-"),
+               ("change x 4", "stream x 4", GREY, "--"),
                ("change / 4", "stream / 4", GREY, ":"))
     for (name, view), (left, middle, right) in zip(found.items(), axes, strict=True):
         blocks = range(1, len(view["rms"]) + 1)
@@ -315,7 +333,7 @@ def trained_table(found: dict) -> str:
         for result, other in zip(results, found[first], strict=True):
             about = result["summary"]
             before, after = about["by_problem_before"], about["by_problem_after"]
-            words = [about.get(f"reflection_{when}", {}).get("however") for when in TIMES]
+            words = [about.get(f"reflection_{when}", {}) for when in TIMES]
             gaps = [row["gap_max"] for row in result["rows"] if "gap_max" in row]
             rows.append([
                 name, *[f"{about[f'avg_at_k_{when}']:.3f}" for when in TIMES],
@@ -323,7 +341,7 @@ def trained_table(found: dict) -> str:
                 "" if name == first else ex.paired(after, other["summary"]["by_problem_after"]),
                 *[f"{about[f'pass_at_{when}']['8']:.2f}" for when in TIMES],
                 *[f"{about[f'length_{when}']:.0f}" for when in TIMES],
-                *["" if share is None else f"{share:.3f}" for share in words],
+                *[f"{rates['however']:.3f}" if rates else "" for rates in words],
                 f"{max(gaps):.2f}" if gaps else "", f"{about['seconds']:.0f}"])
     return ex.table(heads, rows)
 
@@ -344,7 +362,9 @@ def main():
     args.workers, args.more = 1, ""
 
     def at(name):
-        return str(pathlib.Path(args.models) / name.split("/")[1]) if args.models else name
+        if args.models is None:
+            return name
+        return str(pathlib.Path(args.models) / name.split("/")[1])
 
     args.at = at
     torch.set_num_threads(1)
