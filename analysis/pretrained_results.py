@@ -229,6 +229,8 @@ def one_shot(args) -> dict:
              f"--problem-file {chosen} --dtype bfloat16 --steps 10 --group-size 8 "
              f"--max-new-tokens {LENGTH} --micro-batch-tokens 2048")
     arms = {"EM": Arm("entropy_min.py", flags, prepare=no_checkpoints, after=after_em),
+            "EM 2 updates": Arm("entropy_min.py", flags + " --steps 2", prepare=no_checkpoints,
+                                after=after_em),
             "entropy ascent": Arm("entropy_min.py", flags, prepare=ascend, after=after_em)}
     return {"before": before, **ex.runs("pretrained/em", arms, args)}
 
@@ -311,9 +313,8 @@ def em_table(found: dict) -> str:
     heads = ["", "temperature", "accuracy", "ended", "boxed", "accuracy given a box", "tokens"]
     rows = []
     views = {"before": found["before"]}
-    for name in ("EM", "entropy ascent"):
-        if name in found:
-            views[name] = found[name][0]["after"]
+    for name in list(found)[1:]:
+        views[name] = found[name][0]["after"]
     for temperature in found["before"]:
         for name, view in views.items():
             row = view[temperature]
