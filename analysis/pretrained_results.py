@@ -228,10 +228,12 @@ def one_shot(args) -> dict:
     flags = (f"--model {name} --data {train} --eval-data {args.gsm8k[1]} --eval-problems 0 "
              f"--problem-file {chosen} --dtype bfloat16 --steps 10 --group-size 8 "
              f"--max-new-tokens {LENGTH} --micro-batch-tokens 2048")
-    arms = {"EM": Arm("entropy_min.py", flags, prepare=no_checkpoints, after=after_em),
-            "EM 2 updates": Arm("entropy_min.py", flags + " --steps 2", prepare=no_checkpoints,
-                                after=after_em),
-            "entropy ascent": Arm("entropy_min.py", flags, prepare=ascend, after=after_em)}
+    few = flags + " --steps 2"
+    arms = {
+        "EM 2 updates": Arm("entropy_min.py", few, prepare=no_checkpoints, after=after_em),
+        "EM": Arm("entropy_min.py", flags, prepare=no_checkpoints, after=after_em),
+        "entropy ascent": Arm("entropy_min.py", flags, prepare=ascend, after=after_em),
+    }
     return {"before": before, **ex.runs("pretrained/em", arms, args)}
 
 
