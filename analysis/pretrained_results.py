@@ -255,9 +255,11 @@ def look_inside(args) -> dict:
 def rule(change) -> str:
     """The end of the exploration region, and the last block whose FFN raises the entropy."""
     rises = [block for block, nats in enumerate(change, 1) if nats > 0]
-    if not rises:
-        return "none / none"
-    return f"{boundary_layer(change)} / {rises[-1]}"
+    last = rises[-1] if rises else "none"
+    try:
+        return f"{boundary_layer(change)} / {last}"
+    except ValueError:
+        return f"none / {last}"
 
 
 def inside_table(found: dict) -> str:
