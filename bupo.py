@@ -110,7 +110,8 @@ REAL = {"steps": 300, "prompts_per_step": 128, "group_size": 8, "max_new_tokens"
 def paper_layer(config) -> int:
     """The paper's own choice by family: 6 of 36 blocks of Qwen3, 27 of 28 of a Llama; 1-based."""
     L = config.num_hidden_layers
-    return round(L / 6) if config.model_type.startswith("qwen") else L - 1
+    layer = round(L / 6) if config.model_type.startswith("qwen") else L - 1
+    return max(1, layer)
 
 
 def choose_layer(run) -> int:
@@ -127,7 +128,7 @@ def choose_layer(run) -> int:
     rollout = sample(run.model, run.tokenizer, run.encode(run.train[:16]), 4,
                      min(args.max_new_tokens, 512), args.temperature, seed=args.seed, alone=True)
     ids, predicts = join(rollout.prompts, rollout.tokens, rollout.lengths)
-    most = max(256, 10**12 // (L * lm.lm_head.weight.numel()))  # tokens, 24 TFLOP
+    most = max(256, 10**12 // (L * lm.lm_head.weight.numel()))  # tokens, 12 TFLOP
     order = torch.randperm(int(predicts.sum()), generator=torch.Generator().manual_seed(args.seed))
     predicts[predicts.clone()] = (order < most).to(predicts.device)
     entropies = internal_entropies(run.model, ids, None, predicts)
