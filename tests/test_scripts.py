@@ -168,7 +168,7 @@ def test_which_layer_is_chosen(layer, changes, chosen, monkeypatch, capsys):
 
 
 def test_layers_of_the_paper():
-    """Qwen3-4B's 36 blocks: 6; OctoThinker-3B, a Llama of 28: 27; a sixth of 24, 8 and 2: 4, 1, 1."""
+    """Qwen3-4B's 36 blocks: 6; a Llama's 28: 27; a sixth of 24, 8 and 2: 4, 1, 1."""
     for kind, blocks, layer in (("qwen3", 36, 6), ("llama", 28, 27), ("qwen2", 24, 4),
                                 ("qwen3", 8, 1), ("qwen2", 2, 1)):
         config = SimpleNamespace(model_type=kind, num_hidden_layers=blocks)
