@@ -13,7 +13,8 @@ model. This file is grpo.py with a layer: diff grpo.py bupo.py.
 
 Deviations from the paper, and why:
 1. The paper names its layers by hand (Qwen3-4B: 6 of 36). --layer auto measures: the end of the
-   first run of blocks whose FFN raises entropy, at most L - 1, as block L's policy is the model's.
+   first run of blocks whose FFN raises entropy, at most L - 1, as block L's policy is the model's;
+   where none does, the paper's choice for the family.
 2. In the first phase the blocks above l are not run, which gives the same gradient in less time;
    the authors run them for their logs.
 3. The loss is a mean over all tokens of an update (paper: per answer first; its code: per
@@ -95,7 +96,7 @@ class Args(Shared):
     lr: float = flag(3e-4, "AdamW, constant; ten times that with --lora-rank; BuPO: 1e-6", above=0)
     updates_per_rollout: int = flag(1, "each on its share of the prompts; BuPO: 4", low=1)
     layer: str = flag("auto", "block whose policy is trained first, 1 is the lowest; auto: the end "
-                      "of the exploration region")
+                      "of the exploration region, without one the paper's choice for the family")
     internal_steps: int = flag(3, "rollouts of the first phase; BuPO: 30 of 300", low=0)
     final_norm: bool = flag(False, "read the layer through the last norm: worse in the paper")
     clip_low: float = flag(0.2, "bad tokens below ratio 1 - this get no gradient", low=0, high=1)
@@ -106,11 +107,20 @@ REAL = {"steps": 300, "prompts_per_step": 128, "group_size": 8, "max_new_tokens"
         "internal_steps": 30}
 
 
+def paper_layer(config) -> int:
+    """The paper's own choice by family: 6 of 36 blocks of Qwen3, 27 of 28 of a Llama; 1-based."""
+    L = config.num_hidden_layers
+    layer = round(L / 6) if config.model_type.startswith("qwen") else L - 1
+    return max(1, layer)
+
+
 def choose_layer(run) -> int:
     """--layer: the number given, or the end of the exploration region, with the table it is read
-    from, measured on 64 answers of the model. BadInput outside 1..L, or if no FFN explores."""
+    from, measured on 64 answers of the model; where no FFN explores, the paper's choice for the
+    family. BadInput outside 1..L."""
     args = run.args
-    L = causal_lm(run.model).config.num_hidden_layers
+    lm = causal_lm(run.model)
+    L = lm.config.num_hidden_layers
     if args.layer != "auto":
         if not (args.layer.isdecimal() and 1 <= int(args.layer) <= L):
             raise BadInput(f"--layer {args.layer}: auto, or a block, 1 (the lowest) to {L}")
@@ -118,17 +128,23 @@ def choose_layer(run) -> int:
     rollout = sample(run.model, run.tokenizer, run.encode(run.train[:16]), 4,
                      min(args.max_new_tokens, 512), args.temperature, seed=args.seed, alone=True)
     ids, predicts = join(rollout.prompts, rollout.tokens, rollout.lengths)
+    most = max(256, 10**12 // (L * lm.lm_head.weight.numel()))  # tokens, 12 TFLOP
+    order = torch.randperm(int(predicts.sum()), generator=torch.Generator().manual_seed(args.seed))
+    predicts[predicts.clone()] = (order < most).to(predicts.device)
     entropies = internal_entropies(run.model, ids, None, predicts)
     change = entropy_changes(entropies)["ffn"]                          # (L,), eq. 13
+    usual = paper_layer(lm.config)
     try:
-        layer = min(boundary_layer(change), L - 1)
-    except ValueError as error:
-        raise BadInput(f"--layer auto: {error}, with --layer N") from error
+        layer, why = min(boundary_layer(change), L - 1), "exploration ends"
+    except ValueError:
+        layer, why = usual, "no FFN explores: the paper's choice for the family"
     print("block   entropy of its policy   change by its FFN   (nats)")
     for block in range(1, L + 1):
-        mark = "   <- exploration ends" if block == layer else ""
+        mark = f"   <- {why}" if block == layer else ""
         policy = entropies["layer_out"][block - 1]
         print(f"{block:5} {policy:23.3f} {change[block - 1]:+19.3f}{mark}")
+    if args.model != "tiny" and layer != usual:
+        print(f"the paper's own choice for this family would be --layer {usual}")
     return layer
 
 

@@ -130,7 +130,8 @@ def decode(lm, prompts, owner, noise, stop, temperature, top_p):
     visible = pad_sequence(ones, batch_first=True, padding_side="left")  # (P, S)
     position = (visible.cumsum(1) - 1).clamp(min=0)                      # (P, S)
     cache = DynamicCache(config=lm.config)
-    output = lm(ids, visible, position, cache, use_cache=True, logits_to_keep=1)
+    last = torch.tensor([ids.shape[1] - 1], device=device)  # a 1 leaves a strided view: slow head
+    output = lm(ids, visible, position, cache, use_cache=True, logits_to_keep=last)
     logits = output.logits[owner, -1]                                    # (B, V)
     cache.batch_select_indices(owner)
     visible = visible[owner]                                             # (B, S)

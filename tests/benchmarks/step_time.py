@@ -1,10 +1,12 @@
 """What does a step cost on a CPU? grpo.py against TRL's GRPOTrainer, sampling against generate.
 
     python tests/benchmarks/step_time.py          # five minutes on one idle core; writes nothing
+    python tests/benchmarks/step_time.py --model FOLDER --dtype bfloat16 --turns 1
     pip install trl                               # the rival; without it its rows are left out
 
-The embedded model, 8 problems x 16 answers of at most 80 tokens, float32, one thread. Both trainers
-see the same problems in the same order with the same verifier; one update per rollout, no KL, lr
+The embedded model: 8 problems x 16 answers of at most 80 tokens; another one: 8 x 8 of at most 64,
+rewarded for an even number of characters, as it may get nothing right. One thread. Both trainers
+see the same problems in the same order with the same reward; one update per rollout, no KL, lr
 1e-6, so that answers keep their length. They take turns; the first step of each turn is left out.
 """
 import argparse
@@ -33,7 +35,8 @@ from common.sampling import sample
 from common.verify import verify
 
 STEPS = 4  # per turn
-ARGS = SimpleNamespace(model="tiny", device="cpu", dtype="float32", lora_rank=0)
+CASE = SimpleNamespace(model="tiny", device="cpu", dtype="float32", lora_rank=0, answers=16,
+                       length=80, reward=[])
 
 
 def show(values, digits: int = 2) -> str:
@@ -41,11 +44,26 @@ def show(values, digits: int = 2) -> str:
     return f"{median:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
+def even(text: str, row: dict) -> float:
+    """A reward with signal for a model that gets no problem right."""
+    return float(len(text) % 2 == 0)
+
+
+def as_ended(*given, **named):
+    """sample(), with answers that are cut off counted as ended, so that all of them train."""
+    rollout = sample(*given, **named)
+    rollout.finished[:] = True
+    return rollout
+
+
 def our_turn(turn: int) -> list[dict]:
     """Rows of metrics.jsonl of grpo.py itself."""
     with tempfile.TemporaryDirectory() as place, contextlib.redirect_stdout(io.StringIO()), \
             contextlib.redirect_stderr(io.StringIO()):
         grpo.main(["--steps", str(STEPS), "--lr", "1e-6", "--eval-problems", "0",
+                   "--model", CASE.model, "--dtype", CASE.dtype, "--prompts-per-step", "8",
+                   "--group-size", str(CASE.answers), "--max-new-tokens", str(CASE.length),
+                   "--micro-batch-tokens", "1024", "--system", "", *CASE.reward,
                    "--seed", str(turn), "--output", f"{place}/run"])
         lines = pathlib.Path(place, "run", "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines[1:]]
@@ -64,6 +82,8 @@ def trl_turn(turn: int) -> list[float]:
 
     def right(completions, answer, **_):
         texts = [completion[0]["content"] for completion in completions]
+        if CASE.reward:
+            return [even(text, {}) for text in texts]
         return [verify(text, gold) for text, gold in zip(texts, answer, strict=True)]
 
     problems = load_problems("arithmetic", seed=turn)
@@ -74,14 +94,16 @@ def trl_turn(turn: int) -> list[float]:
             rows.append({"prompt": chat, "answer": row["answer"]})
     with tempfile.TemporaryDirectory() as place, contextlib.redirect_stdout(io.StringIO()):
         config = GRPOConfig(
-            place, max_steps=STEPS, per_device_train_batch_size=128, num_generations=16,
-            steps_per_generation=1, max_completion_length=80, temperature=1.0, learning_rate=1e-6,
-            beta=0.0, loss_type="dapo", use_cpu=True, bf16=False, gradient_checkpointing=False,
-            shuffle_dataset=False, report_to="none", save_strategy="no", logging_steps=99,
+            place, max_steps=STEPS, per_device_train_batch_size=8 * CASE.answers,
+            num_generations=CASE.answers, steps_per_generation=1,
+            max_completion_length=CASE.length, temperature=1.0, learning_rate=1e-6, beta=0.0,
+            loss_type="dapo", use_cpu=True, bf16=CASE.dtype == "bfloat16",
+            gradient_checkpointing=False, shuffle_dataset=False, report_to="none",
+            save_strategy="no", logging_steps=99,
             disable_tqdm=True, seed=turn)
         trainer = GRPOTrainer(
-            load_model(ARGS).train(), right, config, train_dataset=Dataset.from_list(rows),
-            processing_class=load_tokenizer("tiny"), callbacks=[Clock()])
+            load_model(CASE).train(), right, config, train_dataset=Dataset.from_list(rows),
+            processing_class=load_tokenizer(CASE.model), callbacks=[Clock()])
         trainer.train()
     return [end - begin for begin, end in zip(ends, ends[1:], strict=False)]
 
@@ -111,7 +133,7 @@ def some_prompts(tokenizer) -> list[list[int]]:
 def our_rate(model, tokenizer, prompts, seed: int) -> float:
     """Tokens per second of common/sampling.py."""
     started = time.perf_counter()
-    lengths = sample(model, tokenizer, prompts, 16, 80, seed=seed).lengths
+    lengths = sample(model, tokenizer, prompts, CASE.answers, CASE.length, seed=seed).lengths
     return int(lengths.sum()) / (time.perf_counter() - started)
 
 
@@ -128,7 +150,8 @@ def generate_rate(model, tokenizer, prompts, seed: int) -> float:
     with torch.inference_mode():
         whole = model.generate(
             torch.tensor(ids), attention_mask=torch.tensor(seen), do_sample=True, top_k=0,
-            top_p=1.0, temperature=1.0, max_new_tokens=80, num_return_sequences=16)
+            top_p=1.0, temperature=1.0, max_new_tokens=CASE.length,
+            num_return_sequences=CASE.answers)
     elapsed = time.perf_counter() - started
     answers = whole[:, width:]
     ended = (answers == tokenizer.eos_token_id).int()
@@ -137,7 +160,7 @@ def generate_rate(model, tokenizer, prompts, seed: int) -> float:
 
 
 def against_generate(rounds: int) -> None:
-    model, tokenizer = load_model(ARGS), load_tokenizer("tiny")
+    model, tokenizer = load_model(CASE, trained=False), load_tokenizer(CASE.model)
     prompts = some_prompts(tokenizer)
     ours, theirs = [], []
     for seed in range(rounds + 1):
@@ -151,11 +174,11 @@ def against_generate(rounds: int) -> None:
 
 def phases(rounds: int) -> None:
     """BuPO's first phase, block 5 of 8, against the whole model, on the same answers."""
-    model, tokenizer = load_model(ARGS), load_tokenizer("tiny")
+    model, tokenizer = load_model(CASE), load_tokenizer(CASE.model)
     prompts = some_prompts(tokenizer)
     seconds = {"block 5 of 8": [], "the whole model": []}
     for seed in range(rounds + 1):
-        rollout = sample(model, tokenizer, prompts, 16, 80, seed=seed)
+        rollout = sample(model, tokenizer, prompts, CASE.answers, CASE.length, seed=seed)
         for name, found in seconds.items():
             trunk = first_blocks(model, 5) if name.startswith("block") else None
             started = time.perf_counter()
@@ -168,15 +191,43 @@ def phases(rounds: int) -> None:
         print(f"| {name} | {show(found[1:])} |")
 
 
+def machine() -> None:
+    """What the machine can do at best: a large product in both types, a copy of 256 MiB."""
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(2048, 2048).to(dtype)
+        seconds = best_of(3, torch.mm, x, x)
+        print(f"{dtype} product: {2 * 2048**3 / seconds / 1e9:.0f} GFLOP/s")
+    x = torch.zeros(1 << 26)
+    print(f"copy: {2 * 4 * len(x) / best_of(3, torch.clone, x) / 1e9:.1f} GB/s read and written")
+
+
+def best_of(times: int, function, *given) -> float:
+    """The fewest seconds a call takes."""
+    found = []
+    for _ in range(times + 1):
+        started = time.perf_counter()
+        function(*given)
+        found.append(time.perf_counter() - started)
+    return min(found[1:])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--model", default="tiny", help="tiny or a model's folder")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     args = parser.parse_args()
     torch.set_num_threads(1)
+    CASE.model, CASE.dtype = args.model, args.dtype
+    if args.model != "tiny":
+        CASE.answers, CASE.length, CASE.reward = 8, 64, ["--reward", f"{__file__}:even"]
+        grpo.sample = as_ended
+    machine()
     against_generate(3 * args.turns)
     against_trl(args.turns)
-    phases(3 * args.turns)
+    if args.model == "tiny":
+        phases(3 * args.turns)
 
 
 if __name__ == "__main__":
