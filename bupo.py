@@ -128,16 +128,18 @@ def choose_layer(run) -> int:
     rollout = sample(run.model, run.tokenizer, run.encode(run.train[:16]), 4,
                      min(args.max_new_tokens, 512), args.temperature, seed=args.seed, alone=True)
     ids, predicts = join(rollout.prompts, rollout.tokens, rollout.lengths)
-    most = max(256, 10**12 // (L * lm.lm_head.weight.numel()))  # tokens, 12 TFLOP
-    order = torch.randperm(int(predicts.sum()), generator=torch.Generator().manual_seed(args.seed))
-    predicts[predicts.clone()] = (order < most).to(predicts.device)
+    drawn = torch.rand(predicts.shape, generator=torch.Generator().manual_seed(args.seed))
+    drawn = drawn.to(predicts.device)
+    predicts &= drawn * predicts.sum() < 1500                           # (B, S), so many are enough
     entropies = internal_entropies(run.model, ids, None, predicts)
     change = entropy_changes(entropies)["ffn"]                          # (L,), eq. 13
     usual = paper_layer(lm.config)
     try:
-        layer, why = min(boundary_layer(change), L - 1), "exploration ends"
+        layer = min(boundary_layer(change), L - 1)
+        why = "exploration ends"
     except ValueError:
-        layer, why = usual, "no FFN explores: the paper's choice for the family"
+        layer = usual
+        why = "no FFN explores: the paper's choice for the family"
     print("block   entropy of its policy   change by its FFN   (nats)")
     for block in range(1, L + 1):
         mark = f"   <- {why}" if block == layer else ""
