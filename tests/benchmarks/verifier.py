@@ -2,7 +2,7 @@
 
     python tests/benchmarks/verifier.py cases.jsonl     # rows text (pred), gold, right (expect)
     python tests/benchmarks/verifier.py --fuzz 100000   # no rows: only the fuzzing
-    git show 3ba9b2d:common/verify.py > /tmp/old.py     # another verifier, --other /tmp/old.py
+    git show 3ba9b2d:common/verify.py > old.py          # another verifier, --other old.py
     pip install math-verify[antlr4_13_2]                # the rival, if it is to be compared
 
 Seconds are the processor's. Math-Verify gets the gold between dollar signs and its own defaults.
