@@ -133,20 +133,17 @@ def choose_layer(run) -> int:
     predicts &= drawn * predicts.sum() < 1500                           # (B, S), so many are enough
     entropies = internal_entropies(run.model, ids, None, predicts)
     change = entropy_changes(entropies)["ffn"]                          # (L,), eq. 13
-    usual = paper_layer(lm.config)
     try:
         layer = min(boundary_layer(change), L - 1)
         why = "exploration ends"
     except ValueError:
-        layer = usual
+        layer = paper_layer(lm.config)
         why = "no FFN explores: the paper's choice for the family"
     print("block   entropy of its policy   change by its FFN   (nats)")
     for block in range(1, L + 1):
         mark = f"   <- {why}" if block == layer else ""
         policy = entropies["layer_out"][block - 1]
         print(f"{block:5} {policy:23.3f} {change[block - 1]:+19.3f}{mark}")
-    if args.model != "tiny" and layer != usual:
-        print(f"the paper's own choice for this family would be --layer {usual}")
     return layer
 
 

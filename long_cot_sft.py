@@ -32,7 +32,15 @@ from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from common.data import batch_of, drop_long_prompts, encode_prompt, is_chat, is_text, read_rows
+from common.data import (
+    batch_of,
+    drop_long_prompts,
+    encode_prompt,
+    is_chat,
+    is_text,
+    read_rows,
+    write_whole,
+)
 from common.distributed import everyone, rank, share, size, total
 from common.flags import BOXED, BadInput, Shared, exit_on_bad_input, flag, parse_args
 from common.logprobs import check_model, micro_batches, response_logprobs
@@ -45,7 +53,7 @@ from common.models import (
     load_tokenizer,
     stop_ids,
 )
-from common.run import Run, json_lines, write_whole
+from common.run import Run, json_lines
 from common.sampling import Rollout, sample
 from common.verify import verify
 
@@ -351,6 +359,10 @@ def main(argv=None):
     gc.collect()
     rows = encode_traces(run.tokenizer, pairs, lm.config.max_position_embeddings, stops,
                          args.system, run.held_out)
+    largest = max(max(row["prompt"] + row["response"]) for row in rows)
+    if largest >= len(lm.get_input_embeddings().weight):
+        raise BadInput(f"a trace has the token {largest}, which the model does not have: the "
+                       "tokenizer is another model's")
     about = describe(run.tokenizer, rows, stops)
     if run.summary.setdefault("traces", about) != about:
         raise BadInput(f"--resume {run.folder}: its traces have changed since")

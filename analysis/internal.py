@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 
 from analysis.plot import COLOURS, DASHES, pyplot
-from common.data import drop_long_prompts, encode_prompt, load_problems
+from common.data import drop_long_prompts, encode_prompt, load_problems, write_whole
 from common.distributed import rank
 from common.flags import BOXED, BadInput, Parser, exit_on_bad_input, flag, parse_args
 from common.internal_policy import (
@@ -307,7 +307,7 @@ def main(argv=None):
         return
     flags = {**vars(args), "model": names}
     saved = as_lists({"flags": flags, "models": views})
-    (folder / "entropies.json").write_text(json.dumps(saved, indent=1))
+    write_whole(folder / "entropies.json", json.dumps(saved, indent=1))
     draw(views, folder)
     print(f"\nwritten: {folder}/entropies.json, flow.png, changes.png, cosines.png")
 

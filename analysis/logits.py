@@ -19,7 +19,7 @@ import torch
 
 from analysis.internal import several_models
 from analysis.plot import COLOURS, DASHES, pyplot
-from common.data import drop_long_prompts, encode_prompt, load_problems
+from common.data import drop_long_prompts, encode_prompt, load_problems, write_whole
 from common.distributed import rank
 from common.flags import BadInput, exit_on_bad_input, flag, parse_args
 from common.logprobs import micro_batches, states_before_answers
@@ -167,7 +167,7 @@ def main(argv=None):
         return
     folder.mkdir(parents=True, exist_ok=True)
     saved = {"flags": {**vars(args), "model": names}, "models": found}
-    (folder / "logits.json").write_text(json.dumps(saved, indent=1), encoding="utf-8")
+    write_whole(folder / "logits.json", json.dumps(saved, indent=1))
     draw(found, folder / "logits.png")
     print(f"written: {folder}/logits.json, logits.png")
 

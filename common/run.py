@@ -39,7 +39,7 @@ from common.evaluate import describe, evaluate, mean_and_error
 from common.flags import BadInput, read_config
 from common.logprobs import check_model
 from common.models import causal_lm, end_of_turn, load_model, load_tokenizer, memory_estimate
-from common.track import tracker
+from common.track import library, tracker
 
 EVAL_K = 8   # answers to each held-out problem
 SAVES = 10   # checkpoints in a run, evenly spaced; the last one stays
@@ -69,6 +69,8 @@ class Run:
         if getattr(args, "prompts_per_step", updates) % updates:
             raise BadInput(f"--prompts-per-step {args.prompts_per_step}: must be divisible by "
                            f"--updates-per-rollout x processes, {updates}")
+        if args.track:
+            library(args.track)  # found missing before anything is done
         torch.manual_seed(args.seed)  # new adapters draw from it
         self.tokenizer = load_tokenizer(args.model)
         self.model = load_model(args).train()  # sampling switches to eval by itself
@@ -87,7 +89,7 @@ class Run:
         if config["script"] != self.name:
             raise BadInput(f"--resume {self.folder}: a run of {config['script']}.py")
         for name in ("model", "data", "eval_data", "eval_problems", "seed", "lora_rank"):
-            had, now = config["flags"][name], getattr(self.args, name)
+            had, now = config["flags"].get(name), getattr(self.args, name)
             if had != now:
                 raise BadInput(f"--{name.replace('_', '-')} {now}: the run in {self.folder} has "
                                f"{had}, and keeps it")
@@ -164,7 +166,7 @@ class Run:
             self.measure("before")
         self.write_summary()
         self.track = None
-        if rank() == 0:
+        if self.args.track and rank() == 0:
             flags = {**vars(self.args), "output": str(self.folder)}
             self.track = tracker(self.args.track, self.name, flags)
         self.bar = tqdm(total=self.args.steps, initial=first, desc=self.name, unit="step",
@@ -179,7 +181,7 @@ class Run:
             return []
         lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # the last may be half a row
         rows = [read_json(line, path) for line in lines]
-        return [row for row in rows if row["step"] <= step]
+        return [row for row in rows if row.get("step", math.inf) <= step]
 
     def write(self, name: str, text: str) -> None:
         if rank() == 0:

@@ -16,7 +16,7 @@ import long_cot_sft
 from common.data import load_problems
 from common.flags import BadInput
 from common.logprobs import micro_batches, response_logprobs
-from common.models import load_tokenizer
+from common.models import TINY, load_tokenizer
 from common.sampling import join
 from long_cot_sft import (
     as_rollout,
@@ -504,6 +504,20 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, monkeypatch)
             "--teacher-style medium": "invalid choice"}.items():
         assert message in refused(flags.split(), capsys), flags
         assert {path: path.read_bytes() for path in tmp_path.rglob("*")} == before, flags
+
+
+def test_a_trace_with_a_token_that_the_model_does_not_have(tmp_path, capsys):
+    """A tokenizer with 200 tokens more than the model's embedding has rows."""
+    shutil.copytree(TINY, tmp_path / "model", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    tokenizer = load_tokenizer("tiny")
+    tokenizer.add_tokens([f"<extra{i}>" for i in range(200)])
+    tokenizer.save_pretrained(tmp_path / "model")
+    traces = tmp_path / "traces.jsonl"
+    traces.write_text(json.dumps({"prompt": "1+1", "completion": "2 <extra199>"}))
+    flags = ["--model", str(tmp_path / "model"), "--traces", str(traces), "--output",
+             str(tmp_path / "run")]
+    assert "the tokenizer is another model's" in refused(flags, capsys)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_model_of_ones_own(tmp_path, capsys, monkeypatch):

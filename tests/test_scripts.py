@@ -61,7 +61,8 @@ def assert_same_run(folder, other):
     kept = []
     for place in (folder, other):
         rows = []
-        for row in [*rows_of(place), summary_of(place)]:
+        answers = (place / "rollouts.jsonl").read_text().splitlines()
+        for row in [*rows_of(place), *map(json.loads, answers), summary_of(place)]:
             rows.append({name: repr(value) for name, value in row.items()
                          if name not in CLOCKS and not name.startswith("seconds")})
         kept.append(rows)
@@ -84,12 +85,60 @@ def test_what_a_run_prints_and_leaves(script, tmp_path, capsys):
             "standard_error_after"} <= summary_of(tmp_path / "run").keys()
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["script"] == script.__name__ and config["flags"]["max_new_tokens"] == 32
+    assert config["device"] == "cpu" and len(config["data"]) == 16
+    assert config["commit"] is None or len(config["commit"]) == 40
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "base_model: tiny" in card and f"trained by {script.__name__}.py" in card
+    assert "Avg@8 before, 2 held-out" in card and "Avg@8 after, 2 held-out" in card
     assert not list(tmp_path.rglob("*.tmp"))
     before = load_file(TINY / "model.safetensors")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     after = model.state_dict()
     assert any(not torch.equal(before[name], after[name]) for name in before)
     assert AutoTokenizer.from_pretrained(tmp_path / "run" / "model").eos_token == "<|im_end|>"
+
+
+@groups
+def test_some_answers_of_every_step_are_kept(script, tmp_path, monkeypatch):
+    """Two answers to each of the first two problems per step; an answer's reward is its length in
+    characters, 0 if it was cut off."""
+    monkeypatch.setattr(script, "reward", lambda text, row: len(text))
+    run(script, output=tmp_path / "run")
+    lines = (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["step"] for row in rows] == [1] * 4 + [2] * 4 + [3] * 4
+    for row in rows:
+        assert row["reward"] == (len(row["text"]) if row["finished"] else 0)
+        assert 1 <= row["length"] <= 32 and (row["finished"] or row["length"] == 32)
+    for pair in (rows[:2], rows[2:4]):
+        assert pair[0]["problem"] == pair[1]["problem"]
+    assert rows[1]["problem"] != rows[2]["problem"]
+
+
+def test_evaluation_on_the_way_changes_nothing_else(tmp_path):
+    """At a learning rate of 1e-12 accuracy stays what it was before, to the digits that are kept;
+    step 3, the last, is evaluated by the end of the run."""
+    flags = ("--lr", "1e-12")
+    rows = run(grpo, *flags, "--eval-every", 1, output=tmp_path / "run")
+    before = summary_of(tmp_path / "run")["avg_at_k_before"]
+    assert [row.get("avg_at_k") for row in rows] == [pytest.approx(before, abs=1e-5)] * 2 + [None]
+    plain = run(grpo, *flags, output=tmp_path / "plain")
+    for name in ("reward", "loss", "entropy", "grad_norm"):
+        assert [row[name] for row in rows] == [row[name] for row in plain]
+
+
+def test_rows_go_to_a_tracker_and_a_missing_one_is_told_first(tmp_path, monkeypatch, capsys):
+    given = []
+    wandb = SimpleNamespace(init=lambda **options: SimpleNamespace(
+        log=lambda numbers, step: given.append((step, numbers["reward"]))))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    rows = run(grpo, "--track", "wandb", output=tmp_path / "run")
+    assert given == [(row["step"], row["reward"]) for row in rows]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(SystemExit) as stop:
+        run(grpo, "--track", "wandb", output=tmp_path / "none")
+    assert stop.value.code == 2 and "--track wandb: not installed" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 @groups

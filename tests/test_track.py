@@ -11,10 +11,6 @@ ROW = {"step": 3, "reward": 0.5, "skipped": 0, "layer": None, "note": "text"}
 NUMBERS = {"reward": 0.5, "skipped": 0}
 
 
-def test_none_is_no_tracker():
-    assert tracker(None, "grpo", {}) is None
-
-
 @pytest.mark.parametrize("kind", ["wandb", "trackio"])
 def test_numbers_of_a_row_go_to_the_run(monkeypatch, kind):
     calls = []
