@@ -1,10 +1,12 @@
 """BuPO's claims on the embedded model -> results/bupo.{json,md} and its figures.
 
     python -m analysis.bupo_results                         # all of it, two hours on two cores
-    python -m analysis.bupo_results --parts again layers    # seeds 10 to 14, and every block
+    python -m analysis.bupo_results --parts again           # seeds 10 to 14
+    python -m analysis.bupo_results --parts layers updates --seeds 3
+    python -m analysis.bupo_results --parts scaled --seeds 2
 
 Accuracy: 8 answers to each of 1,024 held-out problems. Seeds 0 to 4 are those of
-analysis.main_results, 5 to 9 of the part "arms" and 10 to 14 of "again", so that they add up.
+analysis.main_results, 5 to 9 of the part "arms" and from 10 on of the others, so that they add up.
 """
 import json
 import math
@@ -13,6 +15,8 @@ from functools import partial
 
 import torch
 
+import bupo as script
+import grpo
 from analysis import experiment as ex
 from analysis import internal
 from analysis.experiment import BLUE, GREEN, ORANGE, PURPLE, VERMILION, Arm, mean
@@ -148,6 +152,27 @@ for block in (4, 6):
     LAYERS[f"GRPO, block {block} alone"] = Arm("grpo.py", EVAL, prepare=partial(one_block, block))
 
 
+def dual_clip(_run, _optimizer) -> None:
+    """The authors' dual clip at 10, which bupo.py leaves out, in BuPO's loss."""
+    def loss(logp, old_logp, advantages, mask, clip_low, clip_high, denominator):
+        return grpo.grpo_loss(logp, old_logp, advantages, mask, clip_low, clip_high, 10,
+                              denominator)
+
+    script.grpo_loss = loss
+
+
+FOUR = "--updates-per-rollout 4 --lr 1e-4"
+UPDATES = {
+    "GRPO, 4 updates": Arm("grpo.py", f"{EVAL} {FOUR} --dual-clip 10"),
+    "BuPO, 4 updates": bupo(FOUR, prepare=dual_clip),
+}
+SCALED = {"GRPO": AGAIN["GRPO"], "BuPO": AGAIN["BuPO"]}
+for scale in (1, 4):
+    place = f"--model {{runs}}/scale_{scale}"
+    SCALED[f"GRPO, scale {scale}"] = Arm("grpo.py", f"{EVAL} {place}")
+    SCALED[f"BuPO, scale {scale}"] = bupo(place)
+
+
 def depth_table() -> str:
     """What the blocks of the model say before training."""
     args = internal.Args(device="cpu")
@@ -277,6 +302,41 @@ def layers_table(results) -> str:
     return ex.table(heads, rows)
 
 
+def against_grpo_table(results) -> str:
+    """Every arm of BuPO against the arm of GRPO that differs in the method alone."""
+    rows = []
+    for name in results:
+        other = name.replace("BuPO", "GRPO")
+        layers = set(results.summary(name, "layer")) if name != other else ()
+        rows.append([
+            name,
+            ", ".join(map(str, sorted(layers))),
+            ex.spread(results.accuracy(name)),
+            "" if name == other else minus(results, name, other),
+            f"{mean(results.pass_at(name, 8)):.3f}",
+            f"{mean(results.summary(name, 'length_after')):.0f}",
+            ex.spread(results.metric(name, "entropy", last=4)),
+            f"{mean(results.metric(name, 'clip_fraction')):.2%}",
+        ])
+    heads = ["arm", "block first", "Avg@8", "minus its GRPO", "Pass@8", "tokens",
+             "entropy, last 4 steps", "tokens clipped"]
+    return ex.table(heads, rows)
+
+
+def scaled_model(scale: int):
+    """The embedded model, its stream `scale` times as large as it was trained."""
+    model = load_model(internal.Args(device="cpu"), trained=False)
+    scale_residual(model, scale / 2)
+    return model
+
+
+def write_scaled() -> None:
+    for scale in (1, 4):
+        place = ex.ROOT / "runs" / "analysis" / "bupo" / f"scale_{scale}"
+        scaled_model(scale).save_pretrained(place)
+        load_tokenizer("tiny").save_pretrained(place)
+
+
 def scales_table() -> str:
     """Where the boundary lies when the stream has another scale, which changes no answer."""
     tokenizer = load_tokenizer("tiny")
@@ -285,8 +345,7 @@ def scales_table() -> str:
     rows = []
     texts = []
     for scale in SCALES:
-        model = load_model(internal.Args(device="cpu"), trained=False)
-        scale_residual(model, scale / 2)
+        model = scaled_model(scale)
         answers = sample(model, tokenizer, prompts, 1, 96)
         texts.append(answers.texts)
         view = internal.rollout_view(model, answers, 4096)["entropy"]
@@ -394,7 +453,7 @@ def draw_passes(results) -> None:
 
 
 def main():
-    args = ex.arguments(__doc__, seeds=5, parts=("arms", "again", "layers"))
+    args = ex.arguments(__doc__, seeds=5, parts=("arms", "again", "layers", "updates", "scaled"))
     if "arms" in args.parts:
         results = ex.Results(ex.runs("bupo", ARMS, args, first=5))
         ex.write("bupo", results, {
@@ -414,6 +473,13 @@ def main():
         layers = ex.Results(ex.runs("bupo", LAYERS, args, first=10))
         tables = {"layers": layers_table(layers), "scales": scales_table()}
         ex.write("bupo_layers", layers, tables, page="bupo")
+    if "updates" in args.parts:
+        updates = ex.Results(ex.runs("bupo", UPDATES, args, first=10))
+        ex.write("bupo_updates", updates, {"updates": against_grpo_table(updates)}, page="bupo")
+    if "scaled" in args.parts:
+        write_scaled()
+        scaled = ex.Results(ex.runs("bupo", SCALED, args, first=10))
+        ex.write("bupo_scaled", scaled, {"scaled": against_grpo_table(scaled)}, page="bupo")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 import kl3_grpo
 from analysis import experiment as ex
 from analysis import internal
-from analysis.experiment import BLUE, GREEN, GREY, PURPLE, VERMILION, Arm, mean
+from analysis.experiment import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILION, Arm, mean
 from common.data import batch_of
 from common.logprobs import response_logprobs
 from common.models import load_model, load_tokenizer
@@ -28,7 +28,7 @@ NO_GATE = "--delta 1e9"
 PASSES = 4
 SOFTER = 1.5  # what divides the logits of the less certain model
 ACTING_SIZE = f"{SIZE} --updates-per-rollout {2 * PASSES} --model {{runs}}/softer"
-MEASURES = ("ratio", "kl3", "kl1", "abs_kl1")
+MEASURES = ("ratio", "kl3", "kl2", "kl1", "abs_kl1")
 BINS = (0.0, 0.01, 0.1, 0.5, 0.9, 1.0)
 DELTAS = (0.02, 0.05, 0.1, 0.2)
 STYLES = dict(zip(DELTAS, ("-", "--", "-.", ":"), strict=True))
@@ -98,7 +98,7 @@ def acting_gate(flags: str, color) -> Arm:
 
 
 ACTING = {"none": acting_gate(NO_GATE, GREY)}
-for measure, line_colour in zip(MEASURES, (BLUE, GREEN, VERMILION, PURPLE), strict=True):
+for measure, line_colour in zip(MEASURES, (BLUE, GREEN, ORANGE, VERMILION, PURPLE), strict=True):
     ACTING[f"{measure} 0.02"] = acting_gate(f"--measure {measure}", line_colour)
 
 
