@@ -19,7 +19,7 @@ import bupo as script
 import grpo
 from analysis import experiment as ex
 from analysis import internal
-from analysis.experiment import BLUE, GREEN, ORANGE, PURPLE, VERMILION, Arm, mean
+from analysis.experiment import BLUE, GREY, ORANGE, Arm, mean
 from common.data import encode_prompt, load_problems
 from common.internal_policy import (
     block_streams,
@@ -37,7 +37,7 @@ BOUNDARY = 5  # what --layer auto chooses for the embedded model
 EVAL = "--eval-problems 1024"
 PASSES = (1, 2, 4, 8)
 TITLES = {
-    "reward": "share of answers right",
+    "reward": "share of sampled answers that are right",
     "length": "tokens per answer",
     "entropy": "entropy, nats per token",
 }
@@ -119,17 +119,18 @@ ARMS = {
     "GRPO": Arm("grpo.py", EVAL, BLUE, probe=probe),
     "RLOO": Arm("grpo.py", f"{EVAL} --advantage rloo", BLUE, "--"),
     "REINFORCE++": Arm("grpo.py", f"{EVAL} --advantage reinforce++", BLUE, ":"),
-    "BuPO": bupo("", color=VERMILION, probe=probe),  # 3 of 32 steps: 9 %
-    "BuPO 5 steps": bupo("--internal-steps 5", color=VERMILION, style="--"),
-    "BuPO 7 steps": bupo("--internal-steps 7", color=VERMILION, style=":", probe=probe),
-    "BuPO final norm": bupo(f"--layer {BOUNDARY} --final-norm", color=ORANGE),
-    "GRPO slow above": Arm("grpo.py", EVAL, PURPLE, prepare=slow_above),
-    "GRPO frozen below": Arm("grpo.py", EVAL, PURPLE, "--", prepare=frozen_below),
+    "BuPO": bupo("", color=ORANGE, probe=probe),  # 3 of 32 steps: 9 %
+    "BuPO 5 steps": bupo("--internal-steps 5", color=ORANGE, style="--"),
+    "BuPO 7 steps": bupo("--internal-steps 7", color=ORANGE, style=":", probe=probe),
+    "BuPO final norm": bupo(f"--layer {BOUNDARY} --final-norm", color=ORANGE, style="--"),
+    "GRPO slow above": Arm("grpo.py", EVAL, GREY, "--", prepare=slow_above),
+    "GRPO frozen below": Arm("grpo.py", EVAL, GREY, prepare=frozen_below),
 }
 for block, line_style in ((2, ":"), (5, "--"), (7, "-")):
-    ARMS[f"block {block} only"] = bupo(f"--layer {block} --internal-steps 32", color=GREEN,
+    ARMS[f"block {block} only"] = bupo(f"--layer {block} --internal-steps 32", color=ORANGE,
                                        style=line_style, probe=probe)
 NAMES = list(ARMS)
+SIDES = NAMES[:6], ["GRPO", *NAMES[6:9], "BuPO"]  # what is drawn together
 AGAIN = {}
 for name in ("GRPO", "BuPO", "GRPO frozen below"):
     AGAIN[name] = replace(ARMS[name], probe=None)
@@ -400,7 +401,7 @@ def passes_table(results) -> str:
 
 def draw_curves(results) -> None:
     figure, rows = ex.plt.subplots(2, 3, figsize=(13, 7.6), constrained_layout=True)
-    for axes, names in zip(rows, (NAMES[:6], ["GRPO", *NAMES[6:9], "BuPO"]), strict=True):
+    for axes, names in zip(rows, SIDES, strict=True):
         for axis, (key, title) in zip(axes, TITLES.items(), strict=True):
             for name in names:
                 arm = ARMS[name]
@@ -413,7 +414,7 @@ def draw_curves(results) -> None:
 def draw_block(rows, results, name: str, block: int) -> None:
     """GRPO or one block trained alone: three metrics above, three probes below."""
     arm = ARMS[name]
-    look = {"label": name, "color": arm.color, "style": arm.style, "fill": arm.style == "-"}
+    look = {"label": name, "color": arm.color, "style": arm.style}
     for axis, key in zip(rows[0], TITLES, strict=True):
         ex.band(axis, results.curves(name, key), **look)
     steps = [probe["step"] for probe in results[name][0]["probe"]]
@@ -431,8 +432,8 @@ def draw_blocks(results) -> None:
     draw_block(rows, results, "GRPO", BOUNDARY)
     for block in (2, 5, 7):
         draw_block(rows, results, f"block {block} only", block)
-    titles = [*TITLES.values(), "perplexity of its own answers", "cosine of H^l with later blocks",
-              "entropy change of block l, nats"]
+    titles = [*TITLES.values(), "perplexity of its own answers",
+              "cosine with the states of later blocks", "entropy change of the block, nats"]
     for axis, title in zip(rows.flat, titles, strict=True):
         ex.tidy(axis, title, legend=title == titles[0])
     rows[1][0].set_ylim(1, 2)
@@ -440,15 +441,18 @@ def draw_blocks(results) -> None:
 
 
 def draw_passes(results) -> None:
-    figure, axis = ex.plt.subplots(figsize=(6.5, 4.4), constrained_layout=True)
-    ks = range(1, 9)
-    for name in NAMES[:6]:
-        arm = ARMS[name]
-        by_k = [results.pass_at(name, k) for k in ks]
-        curves = list(zip(*by_k, strict=True))
-        ex.band(axis, curves, name, arm.color, arm.style, ks, arm.style == "-")
-    axis.set_xscale("log", base=2)
-    ex.tidy(axis, "Pass@k", "k answers", legend=True)
+    figure, axes = ex.plt.subplots(1, 2, figsize=(13, 4.4), constrained_layout=True)
+    ks = [int(k) for k in results["GRPO"][0]["summary"]["pass_at_after"]]
+    for axis, names in zip(axes, SIDES, strict=True):
+        for name in names:
+            arm = ARMS[name]
+            by_k = [results.pass_at(name, k) for k in ks]
+            curves = list(zip(*by_k, strict=True))
+            ex.band(axis, curves, name, arm.color, arm.style, ks, arm.style == "-")
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:.0f}")
+        title = "Pass@k: share of problems with a right one among k answers"
+        ex.tidy(axis, title, "k answers", legend=True)
     ex.save(figure, "bupo_pass.png")
 
 

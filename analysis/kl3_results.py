@@ -16,7 +16,7 @@ import torch
 import kl3_grpo
 from analysis import experiment as ex
 from analysis import internal
-from analysis.experiment import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILION, Arm, mean
+from analysis.experiment import BLUE, GREEN, GREY, Arm, mean
 from common.data import batch_of
 from common.logprobs import response_logprobs
 from common.models import load_model, load_tokenizer
@@ -28,10 +28,13 @@ NO_GATE = "--delta 1e9"
 PASSES = 4
 SOFTER = 1.5  # what divides the logits of the less certain model
 ACTING_SIZE = f"{SIZE} --updates-per-rollout {2 * PASSES} --model {{runs}}/softer"
-MEASURES = ("ratio", "kl3", "kl2", "kl1", "abs_kl1")
+KL_MEASURES = ("kl3", "kl2", "kl1", "abs_kl1")
 BINS = (0.0, 0.01, 0.1, 0.5, 0.9, 1.0)
 DELTAS = (0.02, 0.05, 0.1, 0.2)
-STYLES = dict(zip(DELTAS, ("-", "--", "-.", ":"), strict=True))
+TITLES = {
+    "reward": "share of sampled answers that are right",
+    "entropy": "entropy, nats per token",
+}
 
 
 def mean_where(x, where) -> float:
@@ -86,20 +89,24 @@ def gate(flags: str, color=GREY, style="-") -> Arm:
     return Arm("kl3_grpo.py", f"{SIZE} {flags}", color, style, probe, every=2)
 
 
-ARMS = {"none": gate(NO_GATE), "kl2 0.02": gate("--measure kl2 --delta 0.02", VERMILION)}
-for delta, line_style in STYLES.items():
-    for measure, line_colour in (("ratio", BLUE), ("kl3", GREEN)):
-        flags = f"--measure {measure} --delta {delta}"
-        ARMS[f"{measure} {delta}"] = gate(flags, line_colour, line_style)
+ARMS = {"none": gate(NO_GATE), "kl2 0.02": gate("--measure kl2 --delta 0.02", GREEN, "--")}
+for delta in DELTAS:
+    for measure, color in (("ratio", BLUE), ("kl3", GREEN)):
+        ARMS[f"{measure} {delta}"] = gate(f"--measure {measure} --delta {delta}", color)
 
 
 def acting_gate(flags: str, color) -> Arm:
     return Arm("kl3_grpo.py", f"{ACTING_SIZE} {flags}", color, "-", probe, prepare=four_passes)
 
 
-ACTING = {"none": acting_gate(NO_GATE, GREY)}
-for measure, line_colour in zip(MEASURES, (BLUE, GREEN, ORANGE, VERMILION, PURPLE), strict=True):
-    ACTING[f"{measure} 0.02"] = acting_gate(f"--measure {measure}", line_colour)
+ACTING = {"none": acting_gate(NO_GATE, GREY), "ratio 0.02": acting_gate("--measure ratio", BLUE)}
+for measure in KL_MEASURES:
+    ACTING[f"{measure} 0.02"] = acting_gate(f"--measure {measure}", GREEN)
+
+
+def label(name: str) -> str:
+    """An arm's name as pages and figures write it."""
+    return name.replace("none", "no gate").replace("abs_", "abs ").replace("kl", "KL")
 
 
 def equal_reward(results, name: str, goal: float = 0.5) -> list[float]:
@@ -132,7 +139,7 @@ def arms_table(results) -> str:
     for name in ARMS:
         values = results.accuracy(name)
         rows.append([
-            name,
+            label(name),
             window_of(name),
             ex.spread(values),
             "" if name == "ratio 0.02" else ex.paired(values, usual),
@@ -166,12 +173,12 @@ def certain(results, name: str, first: bool) -> float:
 
 
 def acting_table(results) -> str:
-    heads = ["gate", "window of the ratio", "accuracy", "minus none", "minus ratio 0.02", "reward",
-             "entropy, last 4 steps", "cut for A > 0", "cut for A < 0"]
+    heads = ["gate", "window of the ratio", "accuracy", "minus no gate", "minus ratio 0.02",
+             "reward", "entropy, last 4 steps", "cut for A > 0", "cut for A < 0"]
     rows = []
     for name in ACTING:
         values = results.accuracy(name)
-        row = [name, window_of(name), ex.spread(values)]
+        row = [label(name), window_of(name), ex.spread(values)]
         for other in ("none", "ratio 0.02"):
             difference = ""
             if name != other:
@@ -186,7 +193,7 @@ def acting_table(results) -> str:
             f"{mean(results.metric(name, 'clip_down')):.2%}",
         ])
     before = results["none"][0]["summary"]["avg_at_k_before"]
-    usual = {name: results.accuracy(name) for name in ACTING}
+    usual = {label(name): results.accuracy(name) for name in ACTING}
     return ex.table(heads, rows) + (
         f"\nBefore: {before:.3f}. Reward: mean of all rollouts. Cut: share of the tokens of all "
         f"updates. Tokens of probability above 0.9: {certain(results, 'ratio 0.02', True):.0%} "
@@ -197,8 +204,8 @@ def acting_table(results) -> str:
 def pair_table(results) -> str:
     """KL3 and the ratio of its width where they act, with two more seeds. A run's end is one
     moment of a policy that swings from rollout to rollout, so the rewards stand beside it."""
-    heads = ["seed", "accuracy at the end: kl3 0.02", "ratio 0.02", "difference",
-             "reward, mean of all rollouts: kl3 0.02", "ratio 0.02", "difference"]
+    heads = ["seed", "accuracy at the end: KL3 0.02", "ratio 0.02", "difference",
+             "reward, mean of all rollouts: KL3 0.02", "ratio 0.02", "difference"]
     columns = []
     differences = []
     for reading in (results.accuracy, partial(results.metric, key="reward")):
@@ -225,7 +232,7 @@ def readings(results, name: str) -> list[list[float]]:
 
 
 def width_table(results) -> str:
-    heads = ["delta", "accuracy: kl3 minus ratio of the same width", "entropy at the last steps",
+    heads = ["delta", "accuracy: KL3 minus ratio of the same width", "entropy at the last steps",
              "entropy at equal reward", "reward, mean of all steps"]
     rows = []
     for delta in DELTAS:
@@ -233,7 +240,7 @@ def width_table(results) -> str:
         ratio = readings(results, f"ratio {delta}")
         pairs = zip(kl3, ratio, strict=True)
         rows.append([delta, *(ex.paired(a, b) for a, b in pairs)])
-    usual = {name: results.accuracy(name) for name in ARMS if name.endswith(" 0.02")}
+    usual = {label(name): results.accuracy(name) for name in ARMS if name.endswith(" 0.02")}
     line = "\nAccuracy of the three gates of the usual width. "
     return ex.table(heads, rows) + line + ex.apart(usual)
 
@@ -251,8 +258,9 @@ def mass_table(results) -> str:
     names = ("none", "ratio 0.2", "kl3 0.2")
     heads = ["old probability", "share of tokens"]
     for name in names:
-        heads += [f"{name}: outside", f"{name}: change, A > 0", f"{name}: A < 0"]
-    heads += ["kl3 0.2 minus ratio 0.2: change, A > 0", "A < 0"]
+        gate_name = label(name)
+        heads += [f"{gate_name}: outside", f"{gate_name}: change, A > 0", f"{gate_name}: A < 0"]
+    heads += ["KL3 0.2 minus ratio 0.2: change, A > 0", "A < 0"]
     rows = []
     for number in range(len(BINS) - 1):
         share = mean(binned(results, "ratio 0.2", number, "share"))
@@ -272,9 +280,9 @@ def mass_table(results) -> str:
 def draw_measures(axis) -> None:
     w = np.linspace(0.3, 2.2, 400)
     axis.plot(w, w - 1 - np.log(w), color=GREEN, linewidth=2.2, label="KL3: w - 1 - log w")
-    axis.plot(w, np.log(w) ** 2 / 2, color=VERMILION, linewidth=2.2, label="KL2: (log w)² / 2")
+    axis.plot(w, np.log(w) ** 2 / 2, "--", color=GREEN, linewidth=2.2, label="KL2: (log w)² / 2")
     axis.plot(w, (w - 1) ** 2 / 2, color=BLUE, linewidth=2.2, label="ratio: (w - 1)² / 2")
-    axis.plot(w, np.abs(np.log(w)), color=GREY, linewidth=2.2, label="|KL1|: |log w|")
+    axis.plot(w, np.abs(np.log(w)), ":", color=GREEN, linewidth=2.2, label="abs KL1: |log w|")
     for delta in DELTAS:
         axis.axhline(delta, color="black", linewidth=0.8, linestyle=":")
     axis.set_ylim(0, 0.4)
@@ -283,8 +291,9 @@ def draw_measures(axis) -> None:
 
 
 def draw_windows(axis) -> None:
-    colours = {"kl1": GREY, "abs_kl1": GREY, "ratio": BLUE, "kl2": VERMILION, "kl3": GREEN}
-    for y, (measure, color) in enumerate(colours.items()):
+    measures = ("kl1", "abs_kl1", "ratio", "kl2", "kl3")
+    for y, measure in enumerate(measures):
+        color = BLUE if measure == "ratio" else GREEN
         for delta, height, alpha in ((0.2, 0.16, 0.45), (0.02, 0.34, 1)):
             low, high = clip_range(delta, measure)
             axis.barh(y, min(high, 2.2) - low, height, low, color=color, alpha=alpha)
@@ -292,37 +301,43 @@ def draw_windows(axis) -> None:
                 axis.text(2.22, y, "open", va="center")
     axis.axvline(1, color="black", linewidth=0.8)
     axis.set_xlim(0.3, 2.45)
-    axis.set_yticks(range(len(colours)), list(colours))
+    axis.set_yticks(range(len(measures)), map(label, measures))
     ex.tidy(axis, "the windows: delta 0.02 (thick) and 0.2 (thin)", "ratio w")
 
 
-def draw_curves(results) -> None:
-    usual = [name for name in ARMS if name == "none" or name.endswith(" 0.02")]
-    wide = [name for name in ARMS if name not in usual]
-    figure, rows = ex.plt.subplots(2, 2, figsize=(12, 7.6), constrained_layout=True)
-    titles = {"reward": "share of answers right", "entropy": "entropy, nats per token"}
-    for axes, names in zip(rows, (usual, wide), strict=True):
-        for axis, (key, title) in zip(axes, titles.items(), strict=True):
+def draw_panels(results, arms, panels: dict[str, list[str]], file: str) -> None:
+    """Reward above, entropy below; a column per panel: title -> names of its arms."""
+    figure, rows = ex.plt.subplots(2, len(panels), figsize=(13, 7.6), sharey="row",
+                                   constrained_layout=True)
+    for axes, (key, title) in zip(rows, TITLES.items(), strict=True):
+        axes[0].set_ylabel(title, fontsize=11)
+        for axis, (head, names) in zip(axes, panels.items(), strict=True):
             for name in names:
-                arm = ARMS[name]
-                ex.band(axis, results.curves(name, key), name, arm.color, arm.style, fill=False)
-            ex.tidy(axis, title, legend=key == "reward")
-    ex.save(figure, "kl3_curves.png")
+                look = arms[name].color, arms[name].style
+                curves = results.curves(name, key)
+                ex.band(axis, curves, label(name), *look, fill=arms[name].style == "-")
+            ex.tidy(axis, head, legend=key == "entropy")
+    ex.save(figure, file)
+
+
+def draw_curves(results) -> None:
+    panels = {}
+    for delta in DELTAS:
+        names = [name for name in ARMS if name.endswith(f" {delta}")]
+        panels[f"delta {delta}"] = ["none", *names]
+    draw_panels(results, ARMS, panels, "kl3_curves.png")
 
 
 def draw_acting(results) -> None:
-    figure, axes = ex.plt.subplots(1, 2, figsize=(12, 4.4), constrained_layout=True)
-    titles = {"reward": "share of answers right", "entropy": "entropy, nats per token"}
-    for axis, (key, title) in zip(axes, titles.items(), strict=True):
-        for name, arm in ACTING.items():
-            ex.band(axis, results.curves(name, key), name, arm.color, arm.style, fill=False)
-        ex.tidy(axis, title, legend=key == "reward")
-    ex.save(figure, "kl3_acting.png")
+    panels = {}
+    for measure in KL_MEASURES:
+        panels[label(measure)] = ["none", "ratio 0.02", f"{measure} 0.02"]
+    draw_panels(results, ACTING, panels, "kl3_acting.png")
 
 
 def draw_width(results) -> None:
     figure, axes = ex.plt.subplots(1, 3, figsize=(13, 4), constrained_layout=True)
-    titles = ("accuracy", "entropy at the last steps, nats", "entropy at equal reward, nats")
+    titles = (TITLES["reward"], "entropy at the last steps, nats", "entropy at equal reward, nats")
     for number, title in enumerate(titles):
         axis = axes[number]
         for x, delta in enumerate(DELTAS):
