@@ -1,7 +1,7 @@
 """BuPO's claims on the embedded model -> results/bupo.{json,md} and its figures.
 
-    python -m analysis.bupo_results                         # all of it, two hours on two cores
-    python -m analysis.bupo_results --parts again           # seeds 10 to 14
+    python -m analysis.bupo_results                    # all of it, an hour and a half on two cores
+    python -m analysis.bupo_results --parts again      # seeds 10 to 14
     python -m analysis.bupo_results --parts layers updates --seeds 3
     python -m analysis.bupo_results --parts scaled --seeds 2
 
@@ -200,8 +200,8 @@ def depth_table() -> str:
         layers = internal.boundaries(view[kind]).items()
         found[kind] = ", ".join(f"{tolerance} gives {layer}" for tolerance, layer in layers)
     last = 1 + int(change["ffn"].gt(0).nonzero().max())
-    heads = ["block", "entropy of its policy, nats", "FFN change", "attention change", "size of H",
-             "with the final norm: entropy", "FFN change"]
+    heads = ["block", "entropy of its policy, nats", "FFN change", "attention change",
+             "size of its output", "with the final norm: entropy", "FFN change"]
     return ex.table(heads, rows) + (
         f"\nln V is {math.log(model.config.vocab_size):.3f}; the stream that enters block 1 has "
         f"{view['entropy']['layer_in'][0]:.3f} nats. The boundary (end of the first run of rises) "
@@ -367,8 +367,8 @@ def inside_readings() -> dict:
     readings = {
         "perplexity of its own answers": lambda probe: probe["ppl_own"],
         "of fixed right answers": lambda probe: probe["ppl_fixed"],
-        "cosine(H^5, H^8)": lambda probe: probe["cosine"][4][7],
-        "cosine(H^2, H^8)": lambda probe: probe["cosine"][1][7],
+        "cosine of the outputs of blocks 5 and 8": lambda probe: probe["cosine"][4][7],
+        "of blocks 2 and 8": lambda probe: probe["cosine"][1][7],
     }
     for block, head in ((2, "entropy change of block 2"), (5, "of block 5"), (7, "of block 7")):
         readings[head] = lambda probe, block=block: probe["layer_change"][block - 1]
