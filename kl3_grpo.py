@@ -151,9 +151,10 @@ def main(argv=None):
         prompts = run.encode(problems)
         rollout = sample(model, run.tokenizer, prompts, args.group_size, args.max_new_tokens,
                          args.temperature, seed=args.seed * 100_000 + step)            # B answers
+        mask = rollout.mask  # 1 on an answer's tokens, the stop token included        # (B, T)
         run.lap("sampling")
 
-        # 2. Reward them. An answer that was cut off is wrong, here and in evaluation.
+        # 2. Reward them. An answer that was cut off is wrong: 0, here and in evaluation.
         rewards = [float(reward_of(text, problems[i // args.group_size]))
                    for i, text in enumerate(rollout.texts)]
         rewards = torch.tensor(rewards, device=model.device) * rollout.finished        # (B,)
@@ -165,25 +166,24 @@ def main(argv=None):
 
         # 4. A row whose advantage is 0 has no gradient and is not run. With several updates the
         #    policy that sampled has to be kept.
-        all_rows = torch.arange(len(advantages), device=model.device)                  # (B,)
+        rows = torch.arange(len(advantages), device=model.device)                      # (B,)
         useful = advantages != 0                                                       # (B,)
         old_logp = None
         if args.updates_per_rollout > 1:
-            old_logp = old_logprobs(model, rollout, all_rows[useful],
+            old_logp = old_logprobs(model, rollout, rows[useful],
                                     args.micro_batch_tokens, args.temperature)         # (B, T)
 
         # 5. Update: the gradients of all micro-batches add up to one step of the optimiser.
         parts = []
         grad_norms = []
-        for rows in all_rows.chunk(args.updates_per_rollout):
-            num_tokens = total(rollout.lengths[rows].sum())
-            kept = rows[useful[rows]]
-            for part in micro_batches(rollout, kept, args.micro_batch_tokens):
+        for update in rows.chunk(args.updates_per_rollout):                            # row numbers
+            num_tokens = total(rollout.lengths[update].sum())                          # scalar
+            for part in micro_batches(rollout, update[useful[update]], args.micro_batch_tokens):
                 batch = rollout[part]                                                  # b answers
                 logp = response_logprobs(model, batch, args.temperature)               # (b, T)
                 old = logp.detach() if old_logp is None else old_logp[part]            # (b, T)
                 loss, metrics = atr_grpo_loss(
-                    logp, old, advantages[part], batch.mask,
+                    logp, old, advantages[part], mask[part],
                     args.delta, args.measure, num_tokens)
                 loss.backward()
                 metrics["loss"] = loss.item()
@@ -197,10 +197,10 @@ def main(argv=None):
         run.lap("training")
 
         # 6. How far the updates have moved the policy: KL3 of all tokens of the rollout.
-        logp = old_logprobs(model, rollout, all_rows, args.micro_batch_tokens,
+        logp = old_logprobs(model, rollout, rows, args.micro_batch_tokens,
                             args.temperature)                                          # (B, T)
-        divergence = kl3(logp - rollout.logp) * rollout.mask                           # (B, T)
-        moved = total(divergence.sum()) / total(rollout.mask.sum())
+        divergence = kl3(logp - rollout.logp) * mask                                   # (B, T)
+        moved = total(divergence.sum()) / total(mask.sum())                            # scalar
         run.lap("measuring")
 
         # 7. Book-keeping.

@@ -44,7 +44,7 @@ from common.logprobs import (
     response_logprobs,
     states_before_answers,
 )
-from common.models import autocast, causal_lm, load_model, reference_model
+from common.models import adapters_off, autocast, causal_lm, load_model, reference_model
 from common.run import Run
 from common.sampling import sample
 from common.verify import verify
@@ -324,9 +324,9 @@ def main(argv=None):
             for part in micro_batches(rollout, all_rows, budget):
                 old_values[part] = token_values(critic, rollout[part])
         if reference is not None:
-            with reference() as initial:
+            with adapters_off(reference):
                 ref_logp = old_logprobs(
-                    initial, rollout, all_rows, budget, args.temperature)              # (B, T)
+                    reference, rollout, all_rows, budget, args.temperature)            # (B, T)
             log_ratio = old_logp - ref_logp                                            # (B, T)
             cost = args.kl_coef * log_ratio / len(rewards)                             # (B, T)
             rewards = rewards - cost                                                   # (M, B, T)
