@@ -93,24 +93,15 @@ def reflection_rates(texts) -> dict:
 def ask_teacher(teacher, tokenizer, problems, system, seed, args) -> list[dict]:
     """A row for each problem, with the answers worth keeping; the same on every rank."""
     result = evaluate(
-        teacher, tokenizer, problems, reward,
-        k=args.samples,
-        max_new_tokens=args.teacher_max_new_tokens,
-        temperature=args.teacher_temperature,
-        top_p=TOP_P,
-        seed=seed,
-        system=system)
+        teacher, tokenizer, problems, reward, args.samples, args.teacher_max_new_tokens,
+        args.teacher_temperature, TOP_P, seed, system)
     rows = []
     for row in result["answers"]:
         ended = row["finished"]
         right = [value >= 1 for value in row["rewards"]]  # never if it was cut off
         kept = compress(row["responses"], ended if args.keep == "all" else right)
-        rows.append({
-            "problem": row["problem"],
-            "answer": row["answer"],
-            "completions": list(kept),
-            "ended": sum(ended),
-            "right": sum(right)})
+        rows.append({"problem": row["problem"], "answer": row["answer"], "completions": list(kept),
+                     "ended": sum(ended), "right": sum(right)})
     return rows
 
 
@@ -139,10 +130,9 @@ def sample_traces(run) -> list[dict]:
         seed = args.seed * 100_000_000 + first * 1000
         rows += ask_teacher(teacher, tokenizer, problems[first:first + batch], system, seed, args)
         run.write("traces.jsonl", json_lines(rows))
-    sampled = args.samples * len(rows)
     ended = sum(row["ended"] for row in rows)
     right = sum(row["right"] for row in rows)
-    print(f"teacher: {sampled} answers to {len(rows)} problems: {ended} ended, {right} right")
+    print(f"teacher: {len(rows)} x {args.samples} answers: {ended} ended, {right} right")
     return rows
 
 
@@ -235,13 +225,11 @@ class Args(Shared):
     traces: str = flag(None, "learn from this file or hub set and ask no teacher")
     teacher: str = flag("tiny", "model that answers; the paper: QwQ-32B-Preview")
     teacher_style: str = flag("long", "long or short chains", choices=("long", "short"))
-    teacher_temperature: float = flag(None, "1.0 for long, 0.7 for short chains, as in the paper",
-                                      above=0, kind=float)
+    teacher_temperature: float = flag(None, "paper: 1.0 long, 0.7 short", above=0, kind=float)
     teacher_max_new_tokens: int = flag(160, "longest trace; the paper: 8192, short: 4096", low=1)
     teacher_problems: int = flag(256, "problems to ask; 0: all, as in the paper", low=0)
     samples: int = flag(8, "answers to each; the paper: 32 to 256", low=1)
-    keep: str = flag("verified", "answers of reward 1 and more, or all that end",
-                     choices=("verified", "all"))
+    keep: str = flag("verified", "what verifies, or all that ends", choices=("verified", "all"))
     epochs: int = flag(2, "passes over the traces; the paper: 2", low=1)
     batch_size: int = flag(32, "traces per update; the paper: 256", low=1)
     lr: float = flag(1e-3, "AdamW, peak; ten times that with --lora-rank; the paper: 5e-6", above=0)
@@ -268,13 +256,13 @@ def main(argv=None):
         traces = sample_traces(run)
     gc.collect()
     context = lm.config.max_position_embeddings
-    rows = encode_traces(
-        run.tokenizer, pairs_of(traces), context, stops, args.system, run.held_out)
+    pairs = pairs_of(traces)
+    rows = encode_traces(run.tokenizer, pairs, context, stops, args.system, run.held_out)
     prompt, response = map(run.tokenizer.decode, rows[0])
-    print(f"first pair: {prompt!r} -> {response[:1000]!r}")
     lengths = [len(response) for _, response in rows]
+    print(f"first pair: {prompt!r} -> {response[:1000]!r}\n"
+          f"lengths: {sum(lengths) / len(rows):.0f} tokens on average, {max(lengths)} at most")
     about = {"traces": len(rows), "tokens": sum(lengths)}
-    print(f"        {about['tokens']} tokens, at most {max(lengths)} per trace")
     if run.summary.setdefault("traces", about) != about:
         raise BadInput(f"--resume {run.folder}: its traces have changed since")
 

@@ -419,7 +419,7 @@ def test_a_teacher_that_never_verifies(tmp_path, capsys):
         long_cot_sft.main([*map(str, flags), "--output", str(tmp_path / "run")])
     said = capsys.readouterr()
     assert stop.value.code == 2 and "none of the 0 traces is left" in said.err
-    assert "20 answers to 5 problems: " in said.out and "0 right" in said.out
+    assert "5 x 4 answers: " in said.out and "0 right" in said.out
 
 
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, monkeypatch):
