@@ -177,7 +177,7 @@ def encode_traces(tokenizer, pairs, context, stops, system, held_out) -> list[tu
     dropped = Counter()
     for problem, answer in pairs:
         if not is_text(answer) or not (is_text(problem) or is_chat(problem)):
-            dropped["without a problem or an answer"] += 1
+            dropped["without messages, or a prompt and a completion"] += 1
             continue
         prompt = tuple(encode_prompt(tokenizer, problem, system))
         response = tokenizer(answer.rstrip(), add_special_tokens=False)["input_ids"]
@@ -192,10 +192,10 @@ def encode_traces(tokenizer, pairs, context, stops, system, held_out) -> list[tu
             dropped[f"longer than the context of {context} tokens"] += 1
         else:
             rows[row] = None
-    counts = [f"{count} {reason}" for reason, count in dropped.items()]
-    print(f"traces: {len(rows)} to train on; dropped: {', '.join(counts) or 'none'}")
+    counts = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
+    print(f"traces: {len(rows)} to train on; dropped: {counts}")
     if not rows:
-        raise BadInput(f"none of the {len(pairs)} traces is left to train on: see the counts above")
+        raise BadInput(f"none of the {len(pairs)} traces is left to train on; dropped: {counts}")
     return list(rows)
 
 

@@ -49,7 +49,7 @@ TABLE = [
     (["entropy_min"], "--group-size 8 --shots 3", "must be divisible by --shots"),
     (["ppo"], "--length-reward D", "invalid choice"),
     (["long_cot_sft"], "--traces missing.jsonl", "missing.jsonl"),
-    (["long_cot_sft"], "--traces columns.jsonl", "columns.jsonl"),
+    (["long_cot_sft"], "--traces columns.jsonl", "without messages, or a prompt"),
     (EVALUATE, "--k 0", "must be at least 1"),
     (EVALUATE, "--temperature -1", "must be at least 0"),
     (EVALUATE, "--top-p 0", "must be above 0"),

@@ -191,7 +191,7 @@ def test_pairs_are_dropped_whole_and_counted(capsys):
     said = capsys.readouterr().out
     for part in ("2 to train on", "1 repeated", "2 of held-out problems",
                  "1 with a stop token inside", "1 longer than the context of 512 tokens",
-                 "4 without a problem or an answer"):
+                 "4 without messages, or a prompt and a completion"):
         assert part in said
     with pytest.raises(BadInput, match="none of the 1 traces is left"):
         encode(pairs[4:5])
@@ -234,11 +234,10 @@ def test_trace_files(row, pairs, kind, tmp_path):
 @pytest.mark.parametrize("row", [
     {"text": "a"}, {"prompt": "q", "completion": ""}, {"messages": ASKED}, {"messages": SAID},
     {"messages": ASKED + SAID + ASKED}, {"prompt": "q", "completion": SAID}])
-def test_rows_without_an_answer_to_learn(row, capsys):
+def test_rows_without_an_answer_to_learn(row):
     """Nothing, or not the assistant's last: counted, and refused if there is no other."""
-    with pytest.raises(BadInput, match="none of the 1 traces"):
+    with pytest.raises(BadInput, match="none of the 1 traces .* 1 without messages, or a prompt"):
         encode(pairs_of([row]))
-    assert "1 without a problem or an answer" in capsys.readouterr().out
 
 
 # sampling
