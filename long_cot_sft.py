@@ -81,7 +81,7 @@ def lr_at(step, steps, peak) -> float:
 
 
 def reflection_rates(texts) -> dict:
-    """Share of texts that hold each of five words, whole and in any case."""
+    """Share of the texts, one or more, that hold each of five words, whole and in any case."""
     rates = {}
     for word in WORDS:
         whole = re.compile(rf"\b{word}\b", re.IGNORECASE)

@@ -137,7 +137,7 @@ def gae(rewards, values, mask, gamma=1.0, lam=1.0):
     values = values * mask                                              # (B, T)
     next_values = nn.functional.pad(values, (0, 1))[:, 1:]              # (B, T), 0 after the end
     delta = rewards + gamma * next_values - values                      # (B, T)
-    gammas = torch.tensor([gamma * lam], device=mask.device)            # (1,)
+    gammas = mask.new_tensor([gamma * lam])                             # (1,)
     advantages = discounted_returns(delta[None], gammas, mask)          # (B, T)
     return advantages, advantages + values
 
