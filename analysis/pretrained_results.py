@@ -169,7 +169,7 @@ def ask(teacher: str, style: str) -> list[dict]:
     model, tokenizer = frozen(teacher), load_tokenizer(teacher)
     system, samples = STYLES[style]
     how = SimpleNamespace(samples=samples, teacher_max_new_tokens=192, teacher_temperature=0.7,
-                          teacher_top_p=0.95, keep="verified")
+                          keep="verified")
     path.parent.mkdir(parents=True, exist_ok=True)
     for start in range(0, len(problems), 32):
         batch = problems[start:start + 32]
@@ -223,10 +223,11 @@ def one_shot(args) -> dict:
     rows = easy(args.gsm8k[0], "train")
     lines = [json.dumps(row) + "\n" for row in rows]
     train.write_text("".join(lines))
-    chosen = BASE / "problem.txt"
-    chosen.write_text(cached("problem", most_uncertain, name, str(train)))
-    flags = (f"--model {name} --data {train} --eval-data {args.gsm8k[1]} --eval-problems 0 "
-             f"--problem-file {chosen} --dtype bfloat16 --steps 10 --group-size 8 "
+    problem = cached("problem", most_uncertain, name, str(train))
+    chosen = BASE / "problem.jsonl"
+    chosen.write_text(json.dumps({"problem": problem, "answer": "0"}))  # no label is read
+    flags = (f"--model {name} --data {chosen} --eval-data {args.gsm8k[1]} --eval-problems 0 "
+             "--dtype bfloat16 --steps 10 --group-size 8 "
              f"--max-new-tokens {LENGTH} --micro-batch-tokens 2048")
     few = flags + " --steps 2"
     arms = {
