@@ -258,6 +258,10 @@ def main(argv=None):
     context = lm.config.max_position_embeddings
     pairs = pairs_of(traces)
     rows = encode_traces(run.tokenizer, pairs, context, stops, args.system, run.held_out)
+    largest = max(max(prompt + response) for prompt, response in rows)
+    if largest >= lm.get_input_embeddings().num_embeddings:
+        raise BadInput(f"the traces have the token {largest}, which the model has not: the "
+                       "tokenizer is another model's")
     prompt, response = map(run.tokenizer.decode, rows[0])
     lengths = [len(response) for _, response in rows]
     print(f"first pair: {prompt!r} -> {response[:1000]!r}\n"
