@@ -13,6 +13,7 @@ import pathlib
 import statistics
 from dataclasses import dataclass
 
+import torch
 from tqdm import tqdm
 
 from common.data import drop_long_prompts, encode_prompt, load_problems, write_whole
@@ -52,50 +53,48 @@ def evaluate(model, tokenizer, rows: list[dict], reward, k: int, max_new_tokens:
     lengths, finished, rewards.
     """
     answers = []
-    batches = range(0, len(rows), 64)
-    for start in tqdm(batches, "evaluating", leave=False, disable=rank() > 0):
+    for start in tqdm(range(0, len(rows), 64), "evaluating", leave=False, disable=rank() > 0):
         batch = rows[start:start + 64]
-        padded = batch + batch[-1:] * (-len(batch) % size())  # each rank needs as many
-        mine = share(padded)
+        padding = batch[-1:] * (-len(batch) % size())  # each rank needs as many
+        mine = share(batch + padding)
         prompts = [encode_prompt(tokenizer, row["problem"], system) for row in mine]
         rollout = sample(
             model, tokenizer, prompts, k, max_new_tokens, temperature, top_p, seed=seed + start)
-        found = [rate(row, rollout, i * k, (i + 1) * k, reward) for i, row in enumerate(mine)]
+        places = torch.arange(len(mine) * k).view(-1, k)
+        found = [rate(row, rollout[of_row], reward)
+                 for row, of_row in zip(mine, places, strict=True)]
         for of_ranks in zip(*everyone(found), strict=True):
             answers += of_ranks
         del answers[start + len(batch):]
-    means = [statistics.fmean(row["rewards"]) for row in answers]
-    average, error = mean_and_error(means)
+    by_problem = [statistics.fmean(row["rewards"]) for row in answers]
+    average, error = mean_and_error(by_problem)
     right = [sum(reward >= 1 for reward in row["rewards"]) for row in answers]
     pass_at = {}
     for j in range(1, k + 1):
         pass_at[j] = statistics.fmean(pass_at_k(k, c, j) for c in right)
-    finished = [ended for row in answers for ended in row["finished"]]
     return {
         "avg_at_k": average,
         "standard_error": error,
         "k": k,
         "problems": len(rows),
-        "by_problem": means,
+        "by_problem": by_problem,
         "pass_at": pass_at,
-        "length": statistics.fmean(n for row in answers for n in row["lengths"]),
-        "truncated": 1 - statistics.fmean(finished),
+        "length": statistics.fmean(statistics.fmean(row["lengths"]) for row in answers),
+        "truncated": 1 - statistics.fmean(statistics.fmean(row["finished"]) for row in answers),
         "answers": answers,
     }
 
 
-def rate(row: dict, rollout, start: int, end: int, reward) -> dict:
-    """A problem's answers, rows start to end of a rollout, with their rewards."""
-    texts = rollout.texts[start:end]
-    finished = rollout.finished[start:end].tolist()
-    rewards = []
-    for text, ended in zip(texts, finished, strict=True):
-        rewards.append(float(reward(text, row)) if ended else 0.0)
+def rate(row: dict, rollout, reward) -> dict:
+    """A problem's answers with their rewards."""
+    finished = rollout.finished.tolist()
+    rewards = [float(reward(text, row)) if ended else 0.0
+               for text, ended in zip(rollout.texts, finished, strict=True)]
     return {
         "problem": row["problem"],
         "answer": row["answer"],
-        "responses": texts,
-        "lengths": rollout.lengths[start:end].tolist(),
+        "responses": rollout.texts,
+        "lengths": rollout.lengths.tolist(),
         "finished": finished,
         "rewards": rewards,
     }
@@ -109,7 +108,7 @@ def describe(result: dict) -> str:
             f"{result['truncated']:.0%} truncated   ({result['problems']} problems)")
 
 
-def reward(text: str, row: dict) -> float:
+def verified(text: str, row: dict) -> float:
     return verify(text, row["answer"])
 
 
@@ -143,7 +142,7 @@ def main(argv=None):
         raise BadInput(f"--output {args.output}: exists already")
     if args.output and not pathlib.Path(args.output).parent.is_dir():
         raise BadInput(f"--output {args.output}: its folder does not exist")
-    reward_of = load_reward(args.reward) if args.reward else reward
+    reward_of = load_reward(args.reward) if args.reward else verified
     tokenizer = load_tokenizer(args.model)
     model = load_model(args, trained=False)
     rows = load_problems(args.data, "test", True, args.seed, args.problems)
