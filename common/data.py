@@ -19,8 +19,8 @@ ANSWER_COLUMNS = ("answer", "final_answer", "reward_model", "ground_truth", "exp
                   "target", "solution")
 
 
-def read_rows(name: str, split: str, flag: str = "--data") -> list[dict]:
-    """A local file's or a hub dataset's rows as they are.
+def read_rows(name: str, split: str, flag: str = "--data"):
+    """A local file's or a hub dataset's rows as they are: a list or a Dataset of dicts.
 
     name: a file, or owner/set[:config[:split]]. Raises BadInput, which names the flag.
     """
@@ -29,34 +29,38 @@ def read_rows(name: str, split: str, flag: str = "--data") -> list[dict]:
         if path.suffix in (".jsonl", ".json"):
             rows = read_json(path)
         elif path.suffix == ".parquet":
-            from pyarrow import parquet  # slow to import, as datasets
+            from datasets import Dataset  # slow to import
+            from pyarrow import parquet
             with path.open("rb") as file:
-                rows = parquet.read_table(file).to_pylist()
+                rows = Dataset(parquet.read_table(file))
         elif path.exists() or name.count("/") != 1:
             raise ValueError("give arithmetic, a .jsonl, .json or .parquet file, or a hub id such "
                              "as openai/gsm8k:main")
         else:
             from datasets import load_dataset
             hub_id, config, own_split = (name.split(":") + ["", ""])[:3]
-            rows = list(load_dataset(hub_id, config or None, split=own_split or split))
+            rows = load_dataset(hub_id, config or None, split=own_split or split)
     except Exception as error:  # no such file, no network, damaged: each library has its own
         raise BadInput(f"{flag} {name}: cannot be read, {error}") from error
-    if not rows or not all(isinstance(row, dict) for row in rows):
-        raise BadInput(f"{flag} {name}: no rows, or some without named columns")
+    if len(rows) == 0:
+        raise BadInput(f"{flag} {name}: no rows")
     return rows
 
 
-def read_json(path: pathlib.Path) -> list:
-    """A list, or a row per line. ValueError names the line that is not JSON."""
+def read_json(path: pathlib.Path) -> list[dict]:
+    """A list of objects, or an object per line. ValueError says what is wrong and where."""
     text = path.read_text(encoding="utf-8-sig")
-    if text.lstrip().startswith("["):
-        return json.loads(text)
-    lines = text.split("\n")
+    is_list = text.lstrip().startswith("[")
+    pieces = [text] if is_list else text.split("\n")
     try:
-        return [json.loads(line) for line in lines if line.strip()]
+        rows = [json.loads(piece) for piece in pieces if piece.strip()]
     except json.JSONDecodeError as error:
-        number = lines.index(error.doc) + 1
-        raise ValueError(f"line {number} is not JSON: {error.msg}") from error
+        line = pieces.index(error.doc) + error.lineno
+        raise ValueError(f"line {line} is not JSON: {error.msg}") from error
+    rows = rows[0] if is_list else rows
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError("every row must be an object with named columns")
+    return rows
 
 
 def write_whole(path: pathlib.Path, text: str) -> None:
@@ -66,9 +70,9 @@ def write_whole(path: pathlib.Path, text: str) -> None:
     temporary.replace(path)
 
 
-def find_column(rows: list[dict], known: tuple[str, ...], place: str) -> str:
-    """The first of the known columns that the rows have, whatever its capitals. BadInput."""
-    columns = {name.lower(): name for row in rows for name in row}
+def find_column(rows, known: tuple[str, ...], place: str) -> str:
+    """The first of the known columns that the first row has, whatever its capitals. BadInput."""
+    columns = {name.lower(): name for name in rows[0]}
     for name in known:
         if name in columns:
             return columns[name]

@@ -79,7 +79,7 @@ TABLE = [
     (SOME, "--data binary.jsonl", "--data binary.jsonl: cannot be read"),
     (SOME, "--data half.jsonl", "--data half.jsonl: cannot be read, line 2 is not JSON"),
     (SOME, "--data nested.jsonl", "--data nested.jsonl: "),         # brackets without end
-    (SOME, "--data numbers.jsonl", "--data numbers.jsonl: no rows, or some without named columns"),
+    (SOME, "--data numbers.jsonl", "every row must be an object"),
     (SOME, "--data binary.parquet", "--data binary.parquet: cannot be read"),
     (SOME, "--data nobody/nothing", "--data nobody/nothing"),       # a hub id, offline
     (SOME, "--data columns.jsonl", "no column is named problem or question"),

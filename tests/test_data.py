@@ -94,13 +94,13 @@ def test_other_line_ends_are_text(tmp_path):
      "line 4 is not JSON: "),
     ("broken.json", b'{"problem": "a"}\n{"problem": "b"', "line 2 is not JSON: "),
     ("object.json", b'{\n"problem": "a",\n"answer": "1"\n}', "line 1 is not JSON: "),
-    ("broken.json", b'[\n{"problem": "a"},\n{"problem" "b"}\n]', "cannot be read, .* line 3 "),
+    ("broken.json", b'[\n{"problem": "a"},\n{"problem" "b"}\n]', "line 3 is not JSON: "),
     ("latin.jsonl", b'{"problem": "\xe9"}', "cannot be read, 'utf-8'"),
     ("deep.jsonl", b"[" * 100_000, "cannot be read"),
     ("deep.json", b'{"a":' * 100_000, "cannot be read"),
-    ("list.jsonl", b"[1, 2]\n", "some without named columns"),
-    ("number.json", b"5", "some without named columns"),
-    ("mixed.jsonl", b'{"problem": "a"}\n5\n', "some without named columns"),
+    ("list.jsonl", b"[1, 2]\n", "every row must be an object"),
+    ("number.json", b"5", "every row must be an object"),
+    ("mixed.jsonl", b'{"problem": "a"}\n5\n', "every row must be an object"),
     ("data.json", b'{"data": [{"problem": "a", "answer": "1"}]}', "no column is named problem"),
     ("broken.parquet", b"PAR1 and no more", "cannot be read"),
     ("columns.jsonl", b'{"text": "a", "label": "b"}',
@@ -147,12 +147,12 @@ def test_a_hub_set_that_is_not_there(monkeypatch):
         read_rows("a/b:c", "test", "--eval-data")
 
 
-def test_columns_of_any_row(tmp_path):
-    """A column that the last row alone has is found; rows without it are dropped."""
-    rows = [{"problem": f"p{i}"} for i in range(101)]
-    rows[100]["answer"] = "7"
-    got = load_problems(write(tmp_path / "rows.jsonl", rows))
-    assert got == [{"problem": "p100", "answer": "7"}]
+def test_columns_are_those_of_the_first_row(tmp_path):
+    """One that only a later row has is not found; rows without a known one are dropped."""
+    rows = [{"problem": "p0", "answer": "7"}, {"problem": "p1"}]
+    assert load_problems(write(tmp_path / "rows.jsonl", rows)) == rows[:1]
+    with pytest.raises(BadInput, match="no column is named answer .*; the data has problem$"):
+        load_problems(write(tmp_path / "rows.jsonl", rows[::-1]))
 
 
 def test_the_first_known_column_wins(tmp_path):
