@@ -29,7 +29,7 @@ def is_held_out(problem: str) -> bool:
     return hashlib.sha256(problem.encode()).digest()[0] < 32
 
 
-def make_problem(rng: random.Random, held_out: bool) -> tuple[str, list[int], list[str]]:
+def make_problem(rng: random.Random, held_out: bool):
     """One problem of the wanted part -> text, numbers, operators. At most one product."""
     while True:
         operators = [rng.choice("+-") for _ in range(rng.choice((2, 3)))]
