@@ -13,7 +13,6 @@ import pathlib
 import statistics
 from dataclasses import dataclass
 
-import torch
 from tqdm import tqdm
 
 from common.data import drop_long_prompts, encode_prompt, load_problems, write_whole
@@ -58,9 +57,10 @@ def evaluate(model, tokenizer, rows: list[dict], reward, k: int, max_new_tokens:
         prompts = [encode_prompt(tokenizer, row["problem"], system) for row in mine]
         rollout = sample(
             model, tokenizer, prompts, k, max_new_tokens, temperature, top_p, seed=seed + start)
-        places = torch.arange(len(mine) * k).view(-1, k)
-        found = [rate(row, rollout[of_row], reward)
-                 for row, of_row in zip(mine, places, strict=True)]
+        found = []
+        for i, row in enumerate(mine):
+            group = slice(i * k, (i + 1) * k)
+            found.append(rate(row, rollout, group, reward))
         for of_ranks in zip(*everyone(found), strict=True):
             answers += of_ranks
         del answers[start + len(batch):]
@@ -83,16 +83,17 @@ def evaluate(model, tokenizer, rows: list[dict], reward, k: int, max_new_tokens:
     }
 
 
-def rate(row: dict, rollout, reward) -> dict:
-    """A problem's answers with their rewards."""
-    finished = rollout.finished.tolist()
+def rate(row: dict, rollout, group: slice, reward) -> dict:
+    """A problem's answers, those rows of a rollout, with their rewards."""
+    texts = rollout.texts[group]
+    finished = rollout.finished[group].tolist()
     rewards = [float(reward(text, row)) if ended else 0.0
-               for text, ended in zip(rollout.texts, finished, strict=True)]
+               for text, ended in zip(texts, finished, strict=True)]
     return {
         "problem": row["problem"],
         "answer": row["answer"],
-        "responses": rollout.texts,
-        "lengths": rollout.lengths.tolist(),
+        "responses": texts,
+        "lengths": rollout.lengths[group].tolist(),
         "finished": finished,
         "rewards": rewards,
     }
@@ -107,6 +108,7 @@ def describe(result: dict) -> str:
 
 
 def verified(text: str, row: dict) -> float:
+    """1.0 if the answer is the gold, else 0.0."""
     return verify(text, row["answer"])
 
 
