@@ -18,7 +18,11 @@ def solve(numbers: list[int], operators: list[str]) -> list[int]:
     while operators:
         i = operators.index("*") if "*" in operators else 0
         a, b = numbers[i:i + 2]
-        values = {"+": a + b, "-": a - b, "*": a * b}
+        values = {
+            "+": a + b,
+            "-": a - b,
+            "*": a * b,
+        }
         results.append(values[operators.pop(i)])
         numbers[i:i + 2] = results[-1:]
     return results
@@ -32,15 +36,18 @@ def is_held_out(problem: str) -> bool:
 def make_problem(rng: random.Random, held_out: bool):
     """One problem of the wanted part -> text, numbers, operators. At most one product."""
     while True:
-        operators = [rng.choice("+-") for _ in range(rng.choice((2, 3)))]
+        count = rng.choice((2, 3))
+        operators = [rng.choice("+-") for _ in range(count)]
         if rng.random() < 0.6:
-            operators[rng.randrange(len(operators))] = "*"
-        numbers = [rng.randint(2, 49) for _ in range(len(operators) + 1)]
+            operators[rng.randrange(count)] = "*"
+        numbers = [rng.randint(2, 49) for _ in range(count + 1)]
         if "*" in operators:
             i = operators.index("*")
-            numbers[i:i + 2] = rng.randint(2, 9), rng.randint(2, 12)
-        pieces = [f"{n}{operator}" for n, operator in zip(numbers, [*operators, "."], strict=True)]
-        problem = "Compute " + "".join(pieces)
+            numbers[i] = rng.randint(2, 9)
+            numbers[i + 1] = rng.randint(2, 12)
+        problem = "Compute "
+        for number, operator in zip(numbers, [*operators, "."], strict=True):
+            problem += f"{number}{operator}"
         results = solve(numbers, operators)
         in_range = min(results) >= 0 and max(results) <= LARGEST
         if in_range and is_held_out(problem) == held_out:
