@@ -180,7 +180,8 @@ def encode_traces(tokenizer, pairs, context, stops, system, held_out) -> list[tu
             dropped["without messages, or a prompt and a completion"] += 1
             continue
         prompt = tuple(encode_prompt(tokenizer, problem, system))
-        response = tokenizer(answer.rstrip(), add_special_tokens=False)["input_ids"]
+        response = tokenizer(
+            answer.rstrip(), add_special_tokens=False, verbose=False)["input_ids"]
         row = (prompt, (*response, tokenizer.eos_token_id))
         if row in rows:
             dropped["repeated"] += 1

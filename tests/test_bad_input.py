@@ -26,7 +26,7 @@ TABLE = [
     (SOME, "--dtype int8", "invalid choice"),
     (SOME, "--device nonsense", "--device nonsense"),
     (SOME, "--device cuda:99", "--device cuda:99"),
-    (SOME, "--max-new-tokens 512", "--max-new-tokens leaves the model's context no room"),
+    (SOME, "--max-new-tokens 512", "every prompt is longer than the 0 tokens"),
     (SCRIPTS, "--lr 0", "must be above 0"),
     (["a script"], "--lr nan", "must be finite"),
     (["a script"], "--lr inf", "must be finite"),
@@ -68,21 +68,21 @@ TABLE = [
     (SOME, "--model breaks", "chat template refuses"),              # it raises a TypeError
     (SOME, "--seed 1234567890123456789", "must be at most"),
     # data
-    (SOME, "--data missing.jsonl", "--data missing.jsonl: no such file"),
+    (SOME, "--data missing.jsonl", "--data missing.jsonl: cannot be read, [Errno 2] No such file"),
     (SOME, "--data folder.jsonl", "--data folder.jsonl"),
     (SOME, "--data empty.jsonl", "--data empty.jsonl: no rows"),
     (SOME, "--data notes.txt", "--data notes.txt"),
     (SOME, "--data binary.jsonl", "--data binary.jsonl: cannot be read"),
-    (SOME, "--data half.jsonl", "--data half.jsonl: not JSON, line 2"),
+    (SOME, "--data half.jsonl", "--data half.jsonl: cannot be read, line 2 is not JSON"),
     (SOME, "--data nested.jsonl", "--data nested.jsonl: "),         # brackets without end
     (SOME, "--data numbers.jsonl", "every row must be an object"),
     (SOME, "--data binary.parquet", "--data binary.parquet: cannot be read"),
     (SOME, "--data nobody/nothing", "--data nobody/nothing"),       # a hub id, offline
-    (SOME, "--data columns.jsonl", "no column with the problem; the data has text"),
+    (SOME, "--data columns.jsonl", "no column is named problem or question"),
     (SOME, "--data nogold.jsonl", "no row has both a problem"),
-    (SOME, "--data long.jsonl", "longer than"),                     # prompts beyond the context
-    (["a script"], "--eval-data missing.jsonl", "--eval-data missing.jsonl: no such file"),
-    (["a script"], "--eval-data columns.jsonl", "--eval-data columns.jsonl: no column with the pr"),
+    (SOME, "--data long.jsonl", "every prompt is longer than"),         # prompts beyond the context
+    (["a script"], "--eval-data missing.jsonl", "--eval-data missing.jsonl: cannot be read"),
+    (["a script"], "--eval-data columns.jsonl", "--eval-data columns.jsonl: no column is named"),
     # places
     (SCRIPTS, "--output full", "full: holds something already"),
     (["a script"], "--output notes.txt/run", "notes.txt"),

@@ -258,8 +258,6 @@ def test_what_is_kept_of_four_answers(keep, kept, monkeypatch):
 
 # the paper's benchmarks
 
-OPTIONS = [f"choice {i}" for i in range(10)]
-LETTERED = "\n".join(f"({letter}) choice {i}" for i, letter in enumerate("ABCDEFGHIJ"))
 BENCHMARKS = {
     "MATH-500": ({"problem": "1+1?", "solution": "It is $\\boxed{2}$.", "answer": "2",
                   "subject": "Algebra", "level": 1}, "1+1?", "2", ["2"], ["3"]),
@@ -270,10 +268,7 @@ BENCHMARKS = {
     "TheoremQA integer": ({"Question": "q?", "Answer": "4", "Answer_type": "integer",
                            "Picture": None}, "q?", "4", ["4", "4.0"], ["5"]),
     "TheoremQA float": ({"Question": "q?", "Answer": "-0.5", "Answer_type": "float"},
-                        "q?", "-0.5", ["-1/2"], ["0.5"]),
-    "MMLU-Pro": ({"question_id": 7, "question": "q?", "options": OPTIONS, "answer": "J",
-                  "answer_index": 9, "category": "law"},
-                 LETTERED, "J", ["J", "(J)", "\\text{J}"], ["A", "9"])}
+                        "q?", "-0.5", ["-1/2"], ["0.5"])}
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
@@ -407,7 +402,7 @@ def test_resume_with_damaged_traces_is_refused(uninterrupted, tmp_path, capsys):
     lines = (folder / "traces.jsonl").read_text().splitlines()
     (folder / "traces.jsonl").write_text("\n".join([lines[0], "half", *lines[1:]]) + "\n")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    assert "not JSON, line 2" in refused(["--resume", folder], capsys)
+    assert "line 2 is not JSON" in refused(["--resume", folder], capsys)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
@@ -428,11 +423,11 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, monkeypatch)
     (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "p", "completion": "x" * 600}))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*")}
     for flags, message in {
-            "--traces missing.jsonl": "--traces missing.jsonl: no such file",
+            "--traces missing.jsonl": "--traces missing.jsonl: cannot be read",
             "--traces empty.jsonl": "no rows", "--traces foreign.jsonl": "none of the 1 traces",
             "--traces long.jsonl": "none of the 1 traces",
             "--teacher no/such/model": "no/such/model",
-            "--teacher-max-new-tokens 512": "no room", "--samples 0": "at least 1",
+            "--teacher-max-new-tokens 512": "longer than the 0 tokens", "--samples 0": "at least 1",
             "--teacher-style medium": "invalid choice"}.items():
         assert message in refused(flags.split(), capsys), flags
         assert {path: path.read_bytes() for path in tmp_path.rglob("*")} == before, flags
