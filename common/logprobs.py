@@ -98,17 +98,23 @@ def micro_batches(rollout, rows: torch.Tensor, budget: int):
     Sorted by length, so that a part has little padding; a longer row is a part of its own. Ranks
     compute together, so one that has fewer parts gets empty ones.
     """
+    lengths = rollout.lengths.tolist()
     sizes = {}
-    for row, length in zip(rows.tolist(), rollout.lengths[rows].tolist(), strict=True):
-        sizes[row] = len(rollout.prompts[row]) + length
+    for row in rows.tolist():
+        sizes[row] = len(rollout.prompts[row]) + lengths[row]
     parts = []
+    width = 0
     for row in sorted(sizes, key=sizes.get, reverse=True):
-        if not parts or (len(parts[-1]) + 1) * sizes[parts[-1][0]] > budget:
+        if not parts or (len(parts[-1]) + 1) * width > budget:
             parts.append([])
+            width = sizes[row]
         parts[-1].append(row)
     most = max(everyone(len(parts)))
-    parts += [[]] * (most - len(parts))
-    batches = [torch.tensor(part, dtype=torch.long, device=rows.device) for part in parts]
+    while len(parts) < most:
+        parts.append([])
+    batches = []
+    for part in parts:
+        batches.append(rows.new_tensor(part))
     return tqdm(batches, "micro-batches", delay=5, leave=False, disable=rank() > 0)
 
 
