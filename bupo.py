@@ -20,7 +20,8 @@ Deviations from the paper, and why:
 3. The loss is a mean over all tokens of an update (paper: per answer first; its code: per
    micro-batch), so that micro-batches change nothing.
 4. One update per rollout (paper's table: 16, its code: 4); --updates-per-rollout.
-5. An answer that was cut off at --max-new-tokens is wrong, whatever it says.
+5. An answer that was cut off at --max-new-tokens is wrong, whatever it says: its reward is 0, and
+   its tokens stay in the loss.
 6. No dual clip (its code: at 10), which with few updates never acts; no KL, as in the paper.
 
 Axes: B answers, P problems, G answers per problem, T answer tokens; b a micro-batch's share of B;
@@ -154,6 +155,7 @@ def main(argv=None):
     reward_of = load_reward(args.reward) if args.reward else reward
     run = Run("bupo", args, reward_of)
     model = run.model
+    # foreach=False: one weight after another, without temporary copies of all of them.
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.01, foreach=False)
     if args.internal_steps and "layer" not in run.summary:  # a resumed run keeps its layer
         run.summary["layer"] = everyone(choose_layer(run))[0]

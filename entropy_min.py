@@ -112,6 +112,7 @@ def main(argv=None):
         raise BadInput(f"--group-size {args.group_size}: must be divisible by --shots x processes")
     run = Run("entropy_min", args, reward)
     model = run.model
+    # foreach=False: one weight after another, without temporary copies of all of them.
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.01, foreach=False)
     if "problems" not in run.summary:  # a resumed run keeps its problems
         run.summary["problems"] = choose_problems(run)

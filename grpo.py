@@ -151,6 +151,7 @@ def main(argv=None):
     run = Run("grpo", args, reward_of)
     model = run.model
     reference = reference_model(args, model) if args.kl_coef else None
+    # foreach=False: one weight after another, without temporary copies of all of them.
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.01, foreach=False)
 
     for step in range(run.begin(optimizer=optimizer), args.steps):

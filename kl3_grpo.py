@@ -20,7 +20,8 @@ What is not known of the paper, and what stands here:
 2. Its aggregation. The mean over all tokens of an update, so that micro-batches change nothing.
 3. Its updates per rollout. 4, each on its share of the prompts; with 1 no gate ever acts.
 4. Its learning rate. The best of three for four updates on the embedded model.
-5. Its truncated answers. One cut off at --max-new-tokens is wrong, whatever it says.
+5. Its truncated answers. One cut off at --max-new-tokens is wrong, whatever it says: its reward is
+   0, and its tokens stay in the loss.
 
 Axes: B answers, P problems, G answers per problem, T answer tokens; b a micro-batch's share of B.
 """
@@ -143,6 +144,7 @@ def main(argv=None):
     reward_of = load_reward(args.reward) if args.reward else reward
     run = Run("kl3_grpo", args, reward_of)
     model = run.model
+    # foreach=False: one weight after another, without temporary copies of all of them.
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.01, foreach=False)
 
     for step in range(run.begin(optimizer=optimizer), args.steps):

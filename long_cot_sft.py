@@ -276,6 +276,7 @@ def main(argv=None):
     args.steps = math.ceil(visits / args.batch_size)
     if run.held_out and "reflection_before" not in run.summary:
         count_reflections(run, "before", run.measure("before"))
+    # foreach=False: one weight after another, without temporary copies of all of them.
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95),
                                   weight_decay=0.0, foreach=False)
     nothing = (rows[0][0], ())

@@ -250,6 +250,7 @@ def main(argv=None):
     weights = [
         {"params": model.parameters(), "lr": args.lr},
         {"params": critic.parameters(), "lr": args.critic_lr}]
+    # foreach=False: one weight after another, without temporary copies of all of them.
     optimizer = torch.optim.AdamW(weights, weight_decay=0.01, foreach=False)
 
     for step in range(run.begin(optimizer=optimizer, critic=critic), args.steps):

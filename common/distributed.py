@@ -4,8 +4,8 @@
 
 Each process (a "rank") takes every N-th problem of a step with its whole group of answers,
 samples, verifies, and trains on it. Token counts and gradients are summed over all ranks, so N
-processes make the step that one would make. With one process every function here hands back what
-it was given.
+processes make the step that one would make. Each reads the whole model into the host's memory
+before it keeps its part.
 """
 import contextlib
 import io

@@ -247,7 +247,7 @@ def row_bytes(model, tokens: int) -> int:
 
 def rows_at_once(model, tokens: int) -> int:
     """How many answers are sampled at once: at most 512, and in 60 % of the memory that is free."""
-    free = 13 << 30  # on a CPU: no more than 8 GiB
+    free = (8 << 30) / 0.6  # on a CPU: no more than 8 GiB
     device = causal_lm(model).device
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]

@@ -66,7 +66,7 @@ class Run:
             raise BadInput(f"--output {self.folder}: holds something already; take another folder, "
                            f"or --resume {self.folder}")
         updates = size() * getattr(args, "updates_per_rollout", 1)
-        if getattr(args, "prompts_per_step", updates) % updates:
+        if hasattr(args, "prompts_per_step") and args.prompts_per_step % updates:
             raise BadInput(f"--prompts-per-step {args.prompts_per_step}: must be divisible by "
                            f"--updates-per-rollout x processes, {updates}")
         if args.track:
