@@ -132,7 +132,7 @@ def main(argv=None):
         run.lap("sampling")
 
         # 2. All their tokens count, stop tokens and those of cut-off answers included.
-        mask = rollout.mask.clone()                                                    # (B, T)
+        mask = rollout.mask                                                            # (B, T)
         if args.authors_mask:
             mask[:, 0] = 0
         num_tokens = total(mask.sum()).clamp(min=1)

@@ -204,13 +204,11 @@ def as_rollout(rows, device) -> Rollout:
     """Encoded traces as what the sampler hands over, so that the same functions serve."""
     prompts = [prompt for prompt, _ in rows]
     answers = [torch.tensor(response, dtype=torch.long) for _, response in rows]
-    labels = pad_sequence(answers, batch_first=True, padding_value=-100).to(device)  # (B, T)
-    mask = (labels != -100).float()                   # (B, T), 1.0 up to and on the stop token
-    lengths = mask.sum(1).long()                                                    # (B,)
-    unknown = torch.zeros_like(mask)                                                # (B, T)
+    tokens = pad_sequence(answers, batch_first=True).to(device)                     # (B, T)
+    lengths = torch.tensor([len(answer) for answer in answers], device=device)      # (B,)
+    unknown = torch.zeros(tokens.shape, device=device)                              # (B, T)
     texts = [""] * len(rows)
-    return Rollout(
-        prompts, labels.clamp(min=0), lengths, mask, unknown, unknown, lengths > 0, texts)
+    return Rollout(prompts, tokens, lengths, unknown, unknown, lengths > 0, texts)
 
 
 def count_reflections(run, when: str, result: dict) -> None:

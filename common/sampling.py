@@ -28,11 +28,16 @@ class Rollout:
     prompts: list[list[int]]   # B lists of token ids
     tokens: torch.Tensor       # (B, T) answer ids, the stop token included, 0 behind it
     lengths: torch.Tensor      # (B,)   tokens of each answer
-    mask: torch.Tensor         # (B, T) 1.0 inside the answer; from lengths, never from ids
     logp: torch.Tensor         # (B, T) log-probs of the tokens when they were drawn, nats
     entropy: torch.Tensor      # (B, T) of the distributions they were drawn from, nats
     finished: torch.Tensor     # (B,)   False: cut off at max_new_tokens
     texts: list[str]           # B decoded answers, special tokens left out
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """(B, T), 1.0 on an answer's tokens, the stop token included; by length, never by ids."""
+        place = torch.arange(self.tokens.shape[1], device=self.tokens.device)    # (T,)
+        return (place < self.lengths[:, None]).float()
 
     def __getitem__(self, rows: torch.Tensor) -> "Rollout":
         """The rows with these numbers (b,). T stays, so they line up with the whole rollout."""
@@ -94,8 +99,6 @@ def sample(model, tokenizer, prompts: list[list[int]], n: int, max_new_tokens: i
 
     tokens, logp, entropy, lengths, finished = map(torch.cat, zip(*pieces, strict=True))
     T = int(lengths.max())
-    place = torch.arange(T, device=lm.device)                                     # (T,)
-    mask = (place < lengths[:, None]).float()                                     # (B, T)
     answers = []
     for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True):
         answers.append(row[:length])
@@ -103,7 +106,6 @@ def sample(model, tokenizer, prompts: list[list[int]], n: int, max_new_tokens: i
         prompts=[prompts[i] for i in owner.tolist()],
         tokens=tokens[:, :T],
         lengths=lengths,
-        mask=mask,
         logp=logp[:, :T],
         entropy=entropy[:, :T],
         finished=finished,

@@ -29,7 +29,7 @@ def only(rollout, b):
     """Row b without the batch and without padding."""
     part = rollout[torch.tensor([b])]
     k = int(part.lengths)
-    part.tokens, part.mask = part.tokens[:, :k], part.mask[:, :k]
+    part.tokens = part.tokens[:, :k]
     return part
 
 

@@ -116,7 +116,7 @@ def test_token_rewards():
     tokens = torch.tensor([[5, 5, 1, 0], [7, 8, 7, 8], [1, 0, 0, 0]])
     lengths = torch.tensor([3, 4, 1])
     mask = (torch.arange(4) < lengths[:, None]).float()
-    rollout = Rollout([[3]] * 3, tokens, lengths, mask, mask, mask, lengths > 0, [""] * 3)
+    rollout = Rollout([[3]] * 3, tokens, lengths, mask, mask, lengths > 0, [""] * 3)
     args = SimpleNamespace(length_reward="cosine", max_new_tokens=8, margin=4, ngram=1)
     outcome, repeated = token_rewards(args, rollout, [1.0, 1.0, 0.5])
     at3 = 1.5 + 0.5 * math.cos(math.pi * 3 / 8)
