@@ -166,13 +166,18 @@ def use_stop_token(tokenizer, lm) -> list[int]:
     return stops
 
 
+def question(problem) -> str:
+    """What is asked in a problem, a text or a chat, whatever its system message."""
+    return problem.strip() if isinstance(problem, str) else problem[-1]["content"].strip()
+
+
 def encode_traces(tokenizer, pairs, context, stops, system, held_out) -> list[tuple]:
     """(problem, answer) pairs -> (prompt, response) pairs of token ids, eos behind the response.
 
     stops: all token ids that end an answer. held_out: rows with "problem". Pairs are dropped
-    whole, with a count. BadInput if none is left.
+    whole, with a count. BadInput if none is left, or if a think block would be opened twice.
     """
-    avoided = {tuple(encode_prompt(tokenizer, row["problem"], system)) for row in held_out}
+    avoided = {question(row["problem"]) for row in held_out}
     rows = {}
     dropped = Counter()
     for problem, answer in pairs:
@@ -180,15 +185,21 @@ def encode_traces(tokenizer, pairs, context, stops, system, held_out) -> list[tu
             dropped["without messages, or a prompt and a completion"] += 1
             continue
         prompt = tuple(encode_prompt(tokenizer, problem, system))
+        opened = tokenizer.decode(prompt).rstrip().endswith(("<think>", "</think>"))
+        if opened and answer.lstrip().startswith("<think>"):
+            raise BadInput("traces begin with <think>, which the chat template opens as well: "
+                           "take it out of them")
         response = tokenizer(
             answer.rstrip(), add_special_tokens=False, verbose=False)["input_ids"]
+        while response and response[-1] in stops:  # exactly one is appended
+            response.pop()
         row = (prompt, (*response, tokenizer.eos_token_id))
         if row in rows:
             dropped["repeated"] += 1
-        elif prompt in avoided:
+        elif question(problem) in avoided:
             dropped["of held-out problems"] += 1
-        elif set(stops) & set(response):
-            dropped["with a stop token inside"] += 1
+        elif not response or set(stops) & set(response):
+            dropped["empty or with a stop token inside"] += 1
         elif len(prompt) + len(response) >= context:
             dropped[f"longer than the context of {context} tokens"] += 1
         else:
@@ -261,6 +272,8 @@ def main(argv=None):
     if largest >= lm.get_input_embeddings().num_embeddings:
         raise BadInput(f"the traces have the token {largest}, which the model has not: the "
                        "tokenizer is another model's")
+    if rows[0][0][-1] in stops:
+        print("note: the prompt ends with a stop token, behind which models do not go on")
     prompt, response = map(run.tokenizer.decode, rows[0])
     lengths = [len(response) for _, response in rows]
     print(f"first pair: {prompt!r} -> {response[:1000]!r}\n"

@@ -131,6 +131,8 @@ def test_micro_batches_make_sft_loss(budget):
 QWEN = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 BARE = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+THINKING = QWEN.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+CLOSED = QWEN.replace("assistant\n{% endif %}", "assistant\n<think>\n\n</think>\n\n{% endif %}")
 
 
 def tokenizer_with(template, eos="<|im_end|>"):
@@ -173,24 +175,37 @@ def encode(pairs, template=QWEN, context=512, system="", held_out=()):
     return rows, [tokenizer.decode(response) for _, response in rows]
 
 
-def test_an_answer_ends_with_exactly_one_stop_token():
-    """Spaces behind it are gone; answers with a stop token of their own are not learnt."""
-    pairs = [("q", "a"), ("q", "b \n"), ("q", "c<|im_end|>"), ("q", "d<|endoftext|>e")]
-    assert encode(pairs)[1] == ["a<|im_end|>", "b<|im_end|>"]
+@pytest.mark.parametrize("answer", [
+    "a", "a<|im_end|>", "a<|im_end|>\n", "a \n", "a<|endoftext|>", "a<|im_end|><|endoftext|>"])
+def test_an_answer_ends_with_exactly_one_stop_token(answer):
+    assert encode([("q", answer)])[1] == ["a<|im_end|>"]
+
+
+@pytest.mark.parametrize("template, answer, refused", [
+    (THINKING, "<think>\nhm</think>a", True), (CLOSED, "<think>\nhm</think>a", True),
+    (QWEN, "<think>\nhm</think>a", False), (THINKING, "hm</think>a", False)])
+def test_a_think_block_is_not_opened_twice(template, answer, refused):
+    if refused:
+        with pytest.raises(BadInput, match="begin with <think>"):
+            encode([("q", answer)], template)
+    else:
+        assert encode([("q", answer)], template)[1] == [answer + "<|im_end|>"]
 
 
 def test_pairs_are_dropped_whole_and_counted(capsys):
     """One twice, two of a held-out question, as a text and as a chat, one with a stop token
-    inside, one longer than the context, four without a text; what stays is not cut."""
-    chat = [{"role": "user", "content": "held"}]
+    inside, one that is nothing else, one longer than the context, four without a text; what
+    stays is not cut."""
+    chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "held"}]
     pairs = [("q", "a"), ("q", "a"), ("held", "b"), (chat, "b"), ("q", "x" * 600),
-             ("q", "y" * 300), ("q", "a<|im_end|>b"), ("q", " "), ("q", None), ("q", 3),
+             ("q", "y" * 300), ("q", "a<|im_end|>b"), ("q", "<|im_end|>"), ("q", " "),
+             ("q", None), ("q", 3),
              (None, "a")]
     _, texts = encode(pairs, held_out=[{"problem": "held"}])
     assert texts == ["a<|im_end|>", "y" * 300 + "<|im_end|>"]
     said = capsys.readouterr().out
     for part in ("2 to train on", "1 repeated", "2 of held-out problems",
-                 "1 with a stop token inside", "1 longer than the context of 512 tokens",
+                 "2 empty or with a stop token inside", "1 longer than the context of 512 tokens",
                  "4 without messages, or a prompt and a completion"):
         assert part in said
     with pytest.raises(BadInput, match="none of the 1 traces is left"):
