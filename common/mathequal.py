@@ -71,7 +71,7 @@ def quote(m):
     return f" {name} " if name in (*WORDS, "e", "i", "d", "x") else f'"{text}"'
 
 
-POWERS = {"thousand": "*10^{3} ", "million": "*10^{6} ", "billion": "*10^{9} "}
+POWERS = {"k": "*10^{3} ", "thousand": "*10^{3} ", "million": "*10^{6} ", "billion": "*10^{9} "}
 SPELLINGS = r"\\¦ \cr¦ \{⦃ \}⦄ \&, \not=≠ <=≤ >=≥ !=≠ **^ ⇒⟹ EUR€ GBP£ \pounds£".split()
 REWRITES = [(re.compile(pattern), new) for pattern, new in [
     (r"^([^$]*)(?<!\\)\$([^$]*)$", r"\1\\$\2"), (r"\\(?:text)?color\s*\{\w*\}", ""),
@@ -95,12 +95,12 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in [
      r'|(?:the )?empty set)\b"?', r"\\emptyset "), (r'(?i)"?\bdoes not exist\b"?', '"DNE"'),
     (r'(?i)"?\binfinity\b"?', r"\\infty "), (r'^([^"]*)"([^"]*)$', r"\1\2"),
     (r'(?i)"?\ball real(?: number)?s\b"?|\\mathbb ?\{? ?R ?\}?(?! ?[_^])', r"(-\\infty ,\\infty )"),
-    (r'[\s,("]*\b(?:because|since)\b.*$|[\s"]*[,(] ?"?(?:which|as|see|where)\b.*$', ""),
+    (r'[\s,("]*\b(?:because|since)\b.*$|[\s"]*[,(] ?"?(?:which|as|where)\b.*$', ""),
     (r'"([^"]*)"', lambda m: m[0] if re.search("[A-Za-z]", m[1]) else f" {m[1]} "),
     (r'^\s*"([^"]*[\d=,∨∧][^"]*)"\s*$', r"\1"),
     (r'(?i)^"(?!.*\bnot?\b)[^"]*[a-z]{2}(?::| is| are) *" ?(?=.)', ""),
     (rf'(?i)^[\s"]*(?:(?:{LEADING})\b[\s":]*)+(?=[\W\dA-Z])', ""),
-    (r'(?<=\d) ?"?\s*(thousand|million|billion)\b\s*"?', lambda m: POWERS[m[1]]),
+    (r'(?<=\d) ?"?\s*(thousand|million|billion|k(?="(?! ?\\)))\b\s*"?', lambda m: POWERS[m[1]]),
     (r'("(?:dollars|euros|pounds|yen|rupees) *") *([\d.,]+(?:\*10\^\{\d+\})?)', r"\2 \1"),
     (r"\\(max|min|gcd) ?⦃([^⦃⦄]*)⦄", r"\\\1(\2)"), (r"[(\[] ?(⟦[^⟦⟧]*⟧) ?[)\]]", r"\1"),
     (r"^⦃ ?\w(?: ?∈ ?\(-\\infty ,\\infty \))? ?[|:] ?([^⦃⦄]*)⦄$", r"\1"),  # {x | 1 < x < 5}
