@@ -19,7 +19,7 @@ from common.data import batch_of, encode_prompt, load_problems, read_rows
 from common.evaluate import evaluate
 from common.flags import BOXED
 from common.internal_policy import block_streams, boundary_layer, entropy
-from common.models import causal_lm, load_model, load_tokenizer
+from common.models import autocast, causal_lm, load_model, load_tokenizer
 from common.sampling import join, sample
 from common.verify import extract_answer
 from entropy_min import accuracy_variance
@@ -37,7 +37,7 @@ STYLES = {
 }
 PROBLEMS = 96
 TIMES = ("before", "after")
-HELD_OUT = 32
+HELD_OUT = 64
 LENGTH = 224  # longest answer to GSM8K
 TOKENS = 256  # pooled in a look inside
 
@@ -125,7 +125,25 @@ def look(model, tokenizer, problems: list[dict], system: str, length: int) -> di
             "boxed": ex.mean(boxed),
             "given a box": sum(rewards) / max(1, sum(boxed)),
         }
+    rollout = sample(model, tokenizer, [encode_prompt(tokenizer, row["problem"], system)
+                                        for row in problems[:8]], 1, length, 0.0, seed=7)
+    found["skewness"] = skewness(model, rollout)
     return found
+
+
+@torch.no_grad()
+def skewness(model, rollout) -> float:
+    """Of all logits at a token, mean over answer tokens: m3 / m2^1.5."""
+    ids, predicts = join(rollout.prompts, rollout.tokens, rollout.lengths)      # (B, S) each
+    lm = causal_lm(model)
+    values = []
+    with autocast(model):
+        for row, inside in zip(ids, predicts, strict=True):
+            hidden = lm.model(row[None], use_cache=False).last_hidden_state[0, inside]  # (T, D)
+            logits = lm.lm_head(hidden).float()                                         # (T, V)
+            centred = logits - logits.mean(-1, keepdim=True)
+            values.append((centred**3).mean(-1) / centred.square().mean(-1) ** 1.5)     # (T,)
+    return torch.cat(values).mean().item()
 
 
 def easy(name: str, split: str) -> list[dict]:
@@ -206,6 +224,22 @@ def reinforce(args) -> dict:
     return ex.runs("pretrained/reinforce", arms, args)
 
 
+def brevity_or_skill(answers: list[dict]) -> dict:
+    """Of an evaluation's answers: shares that ended, and that are right among those."""
+    ended = [done for row in answers for done in row["finished"]]
+    rewards = [value for row in answers for value in row["rewards"]]
+    return {"ended": ex.mean(ended), "right if ended": sum(rewards) / max(1, sum(ended))}
+
+
+def grpo_on_qwen(args) -> dict:
+    """The arithmetic task for the larger model, adapters alone: memory for two such runs."""
+    arms = {"GRPO on Qwen": Arm(
+        "grpo.py", f"--model {args.at(QWEN)} --dtype bfloat16 --lora-rank 16 --lr 2e-4 --steps 12 "
+        "--prompts-per-step 8 --group-size 8 --max-new-tokens 128 --eval-problems 48 "
+        "--micro-batch-tokens 2048", count=brevity_or_skill)}
+    return ex.runs("pretrained/qwen", arms, args)
+
+
 def most_uncertain(name: str, train: str) -> str:
     """Of eight problems the one whose eight answers at temperature 1 vary most in correctness."""
     rows = batch_of(load_problems(train), 0, 8, seed=0)
@@ -225,14 +259,23 @@ def one_shot(args) -> dict:
     train.write_text("".join(lines))
     chosen = BASE / "problem.txt"
     chosen.write_text(cached("problem", most_uncertain, name, str(train)))
-    flags = (f"--model {name} --data {train} --eval-data {args.gsm8k[1]} --eval-problems 0 "
-             f"--problem-file {chosen} --dtype bfloat16 --steps 10 --group-size 8 "
-             f"--max-new-tokens {LENGTH} --micro-batch-tokens 2048")
-    few = flags + " --steps 2"
+    other = BASE / "random.txt"
+    other.write_text(batch_of(load_problems(str(train)), 0, 1, seed=1)[0]["problem"])
+    common = (f"--model {name} --data {train} --eval-data {args.gsm8k[1]} --eval-problems 0 "
+              f"--dtype bfloat16 --group-size 16 --max-new-tokens {LENGTH} "
+              "--micro-batch-tokens 2048")
+    flags = f"{common} --problem-file {chosen} --steps 10"
+
+    def arm(flags, prepare=no_checkpoints):
+        return Arm("entropy_min.py", flags, prepare=prepare, after=after_em)
+
     arms = {
-        "EM 2 updates": Arm("entropy_min.py", few, prepare=no_checkpoints, after=after_em),
-        "EM": Arm("entropy_min.py", flags, prepare=no_checkpoints, after=after_em),
-        "entropy ascent": Arm("entropy_min.py", flags, prepare=ascend, after=after_em),
+        "EM": arm(flags),
+        "EM, random problem": arm(f"{common} --problem-file {other} --steps 10"),
+        "entropy ascent": arm(flags, ascend),
+        "EM, loss T 1": arm(f"{flags} --loss-temperature 1"),
+        "EM, lr 2e-6": arm(f"{flags} --lr 2e-6"),
+        "EM, 2 updates": arm(f"{flags} --steps 2"),
     }
     return {"before": before, **ex.runs("pretrained/em", arms, args)}
 
@@ -319,7 +362,7 @@ def em_table(found: dict) -> str:
     views = {"before": found["before"]}
     for name in list(found)[1:]:
         views[name] = found[name][0]["after"]
-    for temperature in found["before"]:
+    for temperature in ("0.0", "0.5"):
         for name, view in views.items():
             row = view[temperature]
             rows.append([name, temperature, f"{row['accuracy']:.3f} ± {row['error']:.3f}",
@@ -352,7 +395,8 @@ def trained_table(found: dict) -> str:
 
 
 PARTS = {"inside": (look_inside, inside_table), "em": (one_shot, em_table),
-         "distil": (distil, trained_table), "reinforce": (reinforce, trained_table)}
+         "distil": (distil, trained_table), "reinforce": (reinforce, trained_table),
+         "qwen": (grpo_on_qwen, trained_table)}
 
 
 def main():
