@@ -35,7 +35,7 @@ STYLES = {
               "no other words, then the result in a box. Example: Compute 12+3*4-5.\n3*4=12\n"
               "12+12=24\n24-5=19\n\\boxed{19}", 8),
 }
-PROBLEMS = 96
+PROBLEMS = {"SFT long": 96, "SFT short": 96, "SFT short, 384 problems": 384}
 TIMES = ("before", "after")
 HELD_OUT = 64
 LENGTH = 224  # longest answer to GSM8K
@@ -176,13 +176,13 @@ def ascend(run, optimizer) -> None:
     optimizer.param_groups[0]["maximize"] = True
 
 
-def ask(teacher: str, style: str) -> list[dict]:
+def ask(teacher: str, style: str, count: int) -> pathlib.Path:
     """The teacher's verified answers to the arithmetic problems, 32 problems at a time."""
-    path = BASE / f"traces-{style}.jsonl"
+    path = BASE / f"traces-{style}-{count}.jsonl"
     rows = ex.read_lines(path)
-    problems = load_problems("arithmetic")[len(rows):PROBLEMS]
+    problems = load_problems("arithmetic")[len(rows):count]
     if not problems:
-        return rows
+        return path
     torch.set_num_threads(1)
     model, tokenizer = frozen(teacher), load_tokenizer(teacher)
     system, samples = STYLES[style]
@@ -195,26 +195,27 @@ def ask(teacher: str, style: str) -> list[dict]:
         rows += found
         with open(path, "a") as file:
             file.writelines(json.dumps(row) + "\n" for row in found)
-    return rows
+    return path
 
 
 def distil(args) -> dict:
-    """The student learns from both styles."""
+    """The student learns from both styles, and from four times as many problems of one."""
     arms = {}
-    for style in STYLES:
-        ask(args.at(QWEN), style)
-        arms[f"SFT {style}"] = Arm(
-            "long_cot_sft.py", f"--model {args.at(SMOL)} --traces {BASE}/traces-{style}.jsonl "
+    for name, count in PROBLEMS.items():
+        style = "long" if name == "SFT long" else "short"
+        traces = ask(args.at(QWEN), style, count)
+        arms[name] = Arm(
+            "long_cot_sft.py", f"--model {args.at(SMOL)} --traces {traces} "
             "--dtype bfloat16 --epochs 3 --batch-size 16 --lr 1e-4 --max-new-tokens 160 "
             "--eval-problems 48 --micro-batch-tokens 2048")
     return ex.runs("pretrained/distil", arms, args)
 
 
 def reinforce(args) -> dict:
-    """From the student of the short style: four methods, equally many rollouts."""
-    student = BASE / "distil" / "SFT_short-0" / "model"
-    flags = (f"--model {student} --dtype bfloat16 --steps 6 --prompts-per-step 8 --group-size 8 "
-             "--max-new-tokens 96 --eval-problems 48 --micro-batch-tokens 2048 ")
+    """From the better student of the short style: four methods, equally many rollouts."""
+    student = BASE / "distil" / "SFT_short,_384_problems-0" / "model"
+    flags = (f"--model {student} --dtype bfloat16 --steps 12 --prompts-per-step 8 --group-size 8 "
+             "--max-new-tokens 64 --eval-problems 96 --micro-batch-tokens 2048 ")
     arms = {
         "GRPO": Arm("grpo.py", flags + "--lr 3e-5"),
         "BuPO": Arm("bupo.py", flags + "--lr 3e-5 --layer auto --internal-steps 2"),
