@@ -214,7 +214,7 @@ def distil(args) -> dict:
 def reinforce(args) -> dict:
     """From the better student of the short style: four methods, equally many rollouts."""
     student = BASE / "distil" / "SFT_short,_384_problems-0" / "model"
-    flags = (f"--model {student} --dtype bfloat16 --steps 12 --prompts-per-step 8 --group-size 8 "
+    flags = (f"--model {student} --dtype bfloat16 --steps 10 --prompts-per-step 8 --group-size 8 "
              "--max-new-tokens 64 --eval-problems 96 --micro-batch-tokens 2048 ")
     arms = {
         "GRPO": Arm("grpo.py", flags + "--lr 3e-5"),
