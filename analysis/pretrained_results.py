@@ -35,7 +35,7 @@ STYLES = {
               "no other words, then the result in a box. Example: Compute 12+3*4-5.\n3*4=12\n"
               "12+12=24\n24-5=19\n\\boxed{19}", 8),
 }
-PROBLEMS = {"SFT long": 96, "SFT short": 96, "SFT short, 384 problems": 384}
+PROBLEMS = {"SFT long": 96, "SFT short": 96, "SFT short, 192 problems": 192}
 TIMES = ("before", "after")
 HELD_OUT = 64
 LENGTH = 224  # longest answer to GSM8K
@@ -213,7 +213,7 @@ def distil(args) -> dict:
 
 def reinforce(args) -> dict:
     """From the better student of the short style: four methods, equally many rollouts."""
-    student = BASE / "distil" / "SFT_short,_384_problems-0" / "model"
+    student = BASE / "distil" / "SFT_short,_192_problems-0" / "model"
     flags = (f"--model {student} --dtype bfloat16 --steps 10 --prompts-per-step 8 --group-size 8 "
              "--max-new-tokens 64 --eval-problems 96 --micro-batch-tokens 2048 ")
     arms = {
@@ -263,7 +263,7 @@ def one_shot(args) -> dict:
     other = BASE / "random.txt"
     other.write_text(batch_of(load_problems(str(train)), 0, 1, seed=1)[0]["problem"])
     common = (f"--model {name} --data {train} --eval-data {args.gsm8k[1]} --eval-problems 0 "
-              f"--dtype bfloat16 --group-size 16 --max-new-tokens {LENGTH} "
+              f"--dtype bfloat16 --group-size 8 --max-new-tokens {LENGTH} "
               "--micro-batch-tokens 2048")
     flags = f"{common} --problem-file {chosen} --steps 10"
 
@@ -275,8 +275,6 @@ def one_shot(args) -> dict:
         "EM, random problem": arm(f"{common} --problem-file {other} --steps 10"),
         "entropy ascent": arm(flags, ascend),
         "EM, loss T 1": arm(f"{flags} --loss-temperature 1"),
-        "EM, lr 2e-6": arm(f"{flags} --lr 2e-6"),
-        "EM, 2 updates": arm(f"{flags} --steps 2"),
     }
     return {"before": before, **ex.runs("pretrained/em", arms, args)}
 
