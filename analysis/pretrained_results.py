@@ -265,16 +265,17 @@ def one_shot(args) -> dict:
     common = (f"--model {name} --data {train} --eval-data {args.gsm8k[1]} --eval-problems 0 "
               f"--dtype bfloat16 --group-size 8 --max-new-tokens {LENGTH} "
               "--micro-batch-tokens 2048")
-    flags = f"{common} --problem-file {chosen} --steps 10"
+    flags = f"{common} --problem-file {chosen}"
 
     def arm(flags, prepare=no_checkpoints):
         return Arm("entropy_min.py", flags, prepare=prepare, after=after_em)
 
     arms = {
-        "EM": arm(flags),
-        "EM, random problem": arm(f"{common} --problem-file {other} --steps 10"),
-        "entropy ascent": arm(flags, ascend),
-        "EM, loss T 1": arm(f"{flags} --loss-temperature 1"),
+        "EM": arm(f"{flags} --steps 10"),
+        "EM, 2 updates": arm(f"{flags} --steps 2"),
+        "random problem, 2 updates": arm(f"{common} --problem-file {other} --steps 2"),
+        "entropy ascent, 2 updates": arm(f"{flags} --steps 2", ascend),
+        "loss temperature 1, 2 updates": arm(f"{flags} --steps 2 --loss-temperature 1"),
     }
     return {"before": before, **ex.runs("pretrained/em", arms, args)}
 
