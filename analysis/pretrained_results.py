@@ -370,8 +370,9 @@ def trained_table(found: dict) -> str:
             before, after = about["by_problem_before"], about["by_problem_after"]
             words = [about.get(f"reflection_{when}", {}) for when in TIMES]
             gaps = [row["gap_max"] for row in result["rows"] if "gap_max" in row]
+            title = f"{name}, seed {result['seed']}" if len(results) > 1 else name
             rows.append([
-                f"{name}, seed {result['seed']}" if len(results) > 1 else name, *[f"{about[f'avg_at_k_{when}']:.3f}" for when in TIMES],
+                title, *[f"{about[f'avg_at_k_{when}']:.3f}" for when in TIMES],
                 ex.paired(after, before),
                 "" if name == first else ex.paired(after, other["summary"]["by_problem_after"]),
                 *[f"{about[f'pass_at_{when}']['8']:.2f}" for when in TIMES],
