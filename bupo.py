@@ -20,7 +20,8 @@ Deviations from the paper, and why:
 3. The loss is a mean over all tokens of an update (paper: per answer first; its code: per
    micro-batch), so that micro-batches change nothing.
 4. One update per rollout (paper's table: 16, its code: 4); --updates-per-rollout.
-5. An answer that was cut off at --max-new-tokens is wrong, whatever it says.
+5. An answer that was cut off at --max-new-tokens is wrong, whatever it says: its reward is 0, and
+   its tokens stay in the loss.
 6. No dual clip (its code: at 10), which with few updates never acts; no KL, as in the paper.
 
 Axes: B answers, P problems, G answers per problem, T answer tokens; b a micro-batch's share of B;
@@ -34,7 +35,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from common.data import batch_of
-from common.distributed import share, total
+from common.distributed import everyone, share, total
 from common.flags import BadInput, Shared, exit_on_bad_input, flag, load_reward, parse_args
 from common.internal_policy import (
     boundary_layer,
@@ -128,15 +129,16 @@ def choose_layer(run) -> int:
     rollout = sample(run.model, run.tokenizer, run.encode(run.train[:16]), 4,
                      min(args.max_new_tokens, 512), args.temperature, seed=args.seed, alone=True)
     ids, predicts = join(rollout.prompts, rollout.tokens, rollout.lengths)
-    drawn = torch.rand(predicts.shape, generator=torch.Generator().manual_seed(args.seed))
-    drawn = drawn.to(predicts.device)
-    predicts &= drawn * predicts.sum() < 1500                           # (B, S), so many are enough
+    places = predicts.nonzero()                                         # (N, 2)
+    order = torch.randperm(len(places), generator=torch.Generator().manual_seed(args.seed))
+    row, column = places[order[1500:].to(places.device)].T
+    predicts[row, column] = False                                       # 1500 tokens are enough
     entropies = internal_entropies(run.model, ids, None, predicts)
     change = entropy_changes(entropies)["ffn"]                          # (L,), eq. 13
     try:
         layer = min(boundary_layer(change), L - 1)
         why = "exploration ends"
-    except ValueError:
+    except ValueError:  # no FFN raises the entropy
         layer = paper_layer(lm.config)
         why = "no FFN explores: the paper's choice for the family"
     print("block   entropy of its policy   change by its FFN   (nats)")
@@ -153,9 +155,10 @@ def main(argv=None):
     reward_of = load_reward(args.reward) if args.reward else reward
     run = Run("bupo", args, reward_of)
     model = run.model
+    # foreach=False: one weight after another, without temporary copies of all of them.
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.01, foreach=False)
     if args.internal_steps and "layer" not in run.summary:  # a resumed run keeps its layer
-        run.summary["layer"] = choose_layer(run)
+        run.summary["layer"] = everyone(choose_layer(run))[0]
 
     for step in range(run.begin(optimizer=optimizer), args.steps):
         # 0. The policy that is trained: block l's at first, then the model's (eq. 10).
@@ -171,9 +174,10 @@ def main(argv=None):
         prompts = run.encode(problems)
         rollout = sample(model, run.tokenizer, prompts, args.group_size, args.max_new_tokens,
                          args.temperature, seed=args.seed * 100_000 + step)            # B answers
+        mask = rollout.mask  # 1 on an answer's tokens, the stop token included        # (B, T)
         run.lap("sampling")
 
-        # 2. Reward them. An answer that was cut off is wrong, here and in evaluation.
+        # 2. Reward them. An answer that was cut off is wrong: 0, here and in evaluation.
         rewards = [float(reward_of(text, problems[i // args.group_size]))
                    for i, text in enumerate(rollout.texts)]
         rewards = torch.tensor(rewards, device=model.device) * rollout.finished        # (B,)
@@ -185,25 +189,24 @@ def main(argv=None):
 
         # 4. A row whose advantage is 0 has no gradient and is not run. With several updates the
         #    policy that sampled has to be kept.
-        all_rows = torch.arange(len(advantages), device=model.device)                  # (B,)
+        rows = torch.arange(len(advantages), device=model.device)                      # (B,)
         useful = advantages != 0                                                       # (B,)
         old_logp = None
         if args.updates_per_rollout > 1:
-            old_logp = old_logprobs(model, rollout, all_rows[useful],
+            old_logp = old_logprobs(model, rollout, rows[useful],
                                     args.micro_batch_tokens, args.temperature, trunk)  # (B, T)
 
         # 5. Update: the gradients of all micro-batches add up to one step of the optimiser.
         parts = []
         grad_norms = []
-        for rows in all_rows.chunk(args.updates_per_rollout):
-            num_tokens = total(rollout.lengths[rows].sum())
-            kept = rows[useful[rows]]
-            for part in micro_batches(rollout, kept, args.micro_batch_tokens):
+        for update in rows.chunk(args.updates_per_rollout):                            # row numbers
+            num_tokens = total(rollout.lengths[update].sum())                          # scalar
+            for part in micro_batches(rollout, update[useful[update]], args.micro_batch_tokens):
                 batch = rollout[part]                                                  # b answers
                 logp = response_logprobs(model, batch, args.temperature, trunk)        # (b, T)
                 old = logp.detach() if old_logp is None else old_logp[part]            # (b, T)
                 loss, metrics = grpo_loss(
-                    logp, old, advantages[part], batch.mask,
+                    logp, old, advantages[part], mask[part],
                     args.clip_low, args.clip_high, num_tokens)
                 loss.backward()
                 metrics["loss"] = loss.item()

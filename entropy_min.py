@@ -18,8 +18,7 @@ Deviations from the paper, and why:
    logits one position late, so without the first token: --authors-mask.
 3. L is a mean over all tokens of an update and --steps counts updates; the code averages means of
    two answers, and its 10 steps are 0 to 10 updates, depending on the number of GPUs.
-4. Sampling has a temperature and --top-p. The code adds top-k 50 and a repetition penalty of 1.15,
-   which its authors call needed.
+4. Sampling has --temperature and --top-p; the code adds top-k 50 and a repetition penalty, 1.15.
 5. The problem is drawn from --data; the paper takes the one of most varying correctness: --select.
 6. Accuracy is at temperature 1; the code's is greedy: common.evaluate --temperature 0.
 
@@ -27,7 +26,6 @@ Axes: B answers, T tokens, N tokens in a row, D width, V vocabulary; b a micro-b
 P problems, K answers to each.
 """
 import math
-import pathlib
 from dataclasses import dataclass
 
 import torch
@@ -80,37 +78,29 @@ class Args(Shared):
     select: int = flag(0, "choose by variance of correctness among so many; 0: at random", low=0)
     select_k: int = flag(8, "answers to each of those; their labels choose, never train", low=2)
     problem: str = flag(None, "train on this text instead")
-    problem_file: str = flag(None, "or on the text of this file, UTF-8")
 
 
 REAL = {"max_new_tokens": 512, "lr": 2e-5}
 
 
-def read_problem(path: str) -> str:
-    """The text of a UTF-8 file, with or without a BOM. BadInput if it has none."""
-    try:
-        text = pathlib.Path(path).read_text(encoding="utf-8-sig").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"--problem-file {path}: {error}") from error
-    if not text:
-        raise BadInput(f"--problem-file {path}: is empty")
-    return text
-
-
 def choose_problems(run) -> list:
     """What to train on: the given text, the most uncertain of --select, or the first problems."""
     args = run.args
-    if args.problem or args.problem_file:
-        text = read_problem(args.problem_file) if args.problem_file else args.problem
+    rows = batch_of(run.train, 0, max(args.select, args.shots), args.seed)
+    if args.problem:
         longest = causal_lm(run.model).config.max_position_embeddings - args.max_new_tokens
-        rows = drop_long_prompts(run.tokenizer, [{"problem": text}], args.system, longest)
-    else:
-        rows = batch_of(run.train, 0, max(args.select, args.shots), args.seed)
-    if args.select and len(rows) > args.shots:
-        result = evaluate(run.model, run.tokenizer, rows, reward, args.select_k,
-                          args.max_new_tokens, seed=args.seed, system=args.system)
+        rows = [{"problem": args.problem}]
+        rows = drop_long_prompts(run.tokenizer, rows, args.system, longest)
+    if len(rows) > args.shots:
+        result = evaluate(
+            run.model, run.tokenizer, rows, reward,
+            k=args.select_k,
+            max_new_tokens=args.max_new_tokens,
+            seed=args.seed,
+            system=args.system)
         rewards = torch.tensor([row["rewards"] for row in result["answers"]])           # (P, K)
-        order = accuracy_variance(rewards).argsort(descending=True, stable=True)        # (P,)
+        variance = accuracy_variance(rewards)                                           # (P,)
+        order = variance.argsort(descending=True, stable=True)                          # (P,)
         rows = [rows[i] for i in order.tolist()]
     return [row["problem"] for row in rows[:args.shots]]
 
@@ -120,10 +110,9 @@ def main(argv=None):
     args = parse_args(Args, REAL, __doc__, argv)
     if args.group_size % (args.shots * size()):
         raise BadInput(f"--group-size {args.group_size}: must be divisible by --shots x processes")
-    if args.shots > 1 and (args.problem or args.problem_file):
-        raise BadInput(f"--shots {args.shots}: must be 1 with --problem or --problem-file")
     run = Run("entropy_min", args, reward)
     model = run.model
+    # foreach=False: one weight after another, without temporary copies of all of them.
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.01, foreach=False)
     if "problems" not in run.summary:  # a resumed run keeps its problems
         run.summary["problems"] = choose_problems(run)
@@ -134,12 +123,16 @@ def main(argv=None):
 
     for step in range(run.begin(optimizer=optimizer), args.steps):
         # 1. Sample answers to the same problems in every step, without gradient.
-        rollout = sample(model, run.tokenizer, prompts, n, args.max_new_tokens, args.temperature,
-                         args.top_p, seed=args.seed * 100_000 + step)
+        rollout = sample(
+            model, run.tokenizer, prompts, n,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            seed=args.seed * 100_000 + step)                                           # B answers
         run.lap("sampling")
 
         # 2. All their tokens count, stop tokens and those of cut-off answers included.
-        mask = rollout.mask.clone()                                                    # (B, T)
+        mask = rollout.mask                                                            # (B, T)
         if args.authors_mask:
             mask[:, 0] = 0
         num_tokens = total(mask.sum()).clamp(min=1)
@@ -153,9 +146,11 @@ def main(argv=None):
             with autocast(model):
                 hidden = states_before_answers(model, batch)                           # (N, D)
                 weight = causal_lm(model).lm_head.weight                               # (V, D)
-                _, entropy = token_logprobs(hidden, weight, batch.tokens[inside],
-                                            args.loss_temperature)                     # (N,), H_t
-            loss = (entropy * mask[part][inside]).sum() / num_tokens                   # L
+                tokens = batch.tokens[inside]                                          # (N,)
+                _, entropy = token_logprobs(
+                    hidden, weight, tokens, args.loss_temperature)                     # (N,), H_t
+            counts = mask[part][inside]                                                # (N,)
+            loss = (entropy * counts).sum() / num_tokens                               # L
             loss.backward()
             parts.append({"loss": loss.item()})
         grad_norm = clip_grad_norm_(model.parameters(), 1.0).item()

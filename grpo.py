@@ -15,8 +15,8 @@ Deviations from the paper, and why:
    clipped; --updates-per-rollout gives each update its share of the prompts.
 3. No KL to a reference unless --kl-coef; its estimator is k2, whose gradient is the KL's own, while
    that of the paper's k3 is biased.
-4. An answer that was cut off at --max-new-tokens is wrong, whatever it says: its reward is 0. Its
-   tokens stay in the loss.
+4. An answer that was cut off at --max-new-tokens is wrong, whatever it says: its reward is 0, and
+   its tokens stay in the loss.
 5. A group that is all right or all wrong counts in the mean but is not run: its gradient is 0.
 
 RLOO, REINFORCE++ and Dr. GRPO differ in the advantage alone (--advantage).
@@ -32,7 +32,7 @@ from common.data import batch_of
 from common.distributed import share, total
 from common.flags import Shared, exit_on_bad_input, flag, load_reward, parse_args
 from common.logprobs import largest_gap, micro_batches, old_logprobs, response_logprobs
-from common.models import reference_model
+from common.models import adapters_off, reference_model
 from common.run import Run
 from common.sampling import sample
 from common.verify import verify
@@ -82,7 +82,7 @@ def grpo_loss(logp, old_logp, advantages, mask, clip_low=0.2, clip_high=0.2, dua
     Log-probs in nats. denominator: what the sum over tokens is divided by, a number or (B, 1);
     default: the tokens in mask. Count it over the whole update when that is split into
     micro-batches. dual_clip c > 1 bounds the loss of a bad token by c |A|.
-    clip_fraction: the share of tokens that get no gradient because of a clip.
+    clip_fraction: the share of tokens that get no gradient because of a clip, by the same divisor.
     """
     if denominator is None:
         denominator = mask.sum().clamp(min=1)
@@ -101,7 +101,8 @@ def grpo_loss(logp, old_logp, advantages, mask, clip_low=0.2, clip_high=0.2, dua
 def kl_loss(logp, ref_logp, old_logp, mask, denominator):
     """KL(policy || reference) as a loss: k2 = r (log p - log ref)^2 / 2, r = p / p_old held fixed.
 
-    (B, T) x4 -> scalar. The mean of its gradient is E_p[(log p - log ref) grad log p], the KL's.
+    (B, T) x4 -> scalar. The mean of its gradient is E_p[(log p - log ref) grad log p], that of the
+    KL of each token with what comes before it held fixed.
     """
     ratio = (logp.detach() - old_logp).clamp(-20, 20).exp()             # (B, T)
     k2 = (logp - ref_logp).square() / 2                                 # (B, T)
@@ -150,6 +151,7 @@ def main(argv=None):
     run = Run("grpo", args, reward_of)
     model = run.model
     reference = reference_model(args, model) if args.kl_coef else None
+    # foreach=False: one weight after another, without temporary copies of all of them.
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.01, foreach=False)
 
     for step in range(run.begin(optimizer=optimizer), args.steps):
@@ -158,9 +160,10 @@ def main(argv=None):
         prompts = run.encode(problems)
         rollout = sample(model, run.tokenizer, prompts, args.group_size, args.max_new_tokens,
                          args.temperature, seed=args.seed * 100_000 + step)            # B answers
+        mask = rollout.mask  # 1 on an answer's tokens, the stop token included        # (B, T)
         run.lap("sampling")
 
-        # 2. Reward them. An answer that was cut off is wrong, here and in evaluation.
+        # 2. Reward them. An answer that was cut off is wrong: 0, here and in evaluation.
         rewards = [float(reward_of(text, problems[i // args.group_size]))
                    for i, text in enumerate(rollout.texts)]
         rewards = torch.tensor(rewards, device=model.device) * rollout.finished        # (B,)
@@ -178,35 +181,37 @@ def main(argv=None):
             advantages = group_advantages(rewards)
         advantages = advantages.flatten()                                              # (B,)
 
-        # 4. A row whose advantage is 0 has no gradient and is not run. With several updates the
-        #    policy that sampled has to be kept.
-        all_rows = torch.arange(len(advantages), device=model.device)                  # (B,)
-        useful = (advantages != 0) | (args.kl_coef > 0)                                # (B,)
+        # 4. A row whose advantage is 0 has no gradient and is not run, unless a KL gives it one.
+        #    With several updates the policy that sampled has to be kept.
+        rows = torch.arange(len(advantages), device=model.device)                      # (B,)
+        useful = advantages != 0                                                       # (B,)
+        if args.kl_coef:
+            useful[:] = True
+            with adapters_off(reference):
+                ref_logp = old_logprobs(reference, rollout, rows,
+                                        args.micro_batch_tokens, args.temperature)     # (B, T)
         old_logp = None
         if args.updates_per_rollout > 1:
-            old_logp = old_logprobs(model, rollout, all_rows[useful],
+            old_logp = old_logprobs(model, rollout, rows[useful],
                                     args.micro_batch_tokens, args.temperature)         # (B, T)
 
         # 5. Update: the gradients of all micro-batches add up to one step of the optimiser.
         parts = []
         grad_norms = []
-        for rows in all_rows.chunk(args.updates_per_rollout):
-            lengths = rollout.lengths[rows]
-            denominator = token_denominator(
-                args.aggregation, lengths, args.max_new_tokens)                        # (rows, 1)
-            kept = rows[useful[rows]]
-            for part in micro_batches(rollout, kept, args.micro_batch_tokens):
+        for update in rows.chunk(args.updates_per_rollout):                            # row numbers
+            divisor = torch.zeros_like(rollout.lengths)[:, None]                       # (B, 1)
+            divisor[update] = token_denominator(
+                args.aggregation, rollout.lengths[update], args.max_new_tokens)
+            for part in micro_batches(rollout, update[useful[update]], args.micro_batch_tokens):
                 batch = rollout[part]                                                  # b answers
                 logp = response_logprobs(model, batch, args.temperature)               # (b, T)
                 old = logp.detach() if old_logp is None else old_logp[part]            # (b, T)
-                divisor = denominator[part - rows[0]]                                  # (b, 1)
                 loss, metrics = grpo_loss(
-                    logp, old, advantages[part], batch.mask,
-                    args.clip_low, args.clip_high, args.dual_clip, divisor)
-                if reference is not None:
-                    with torch.no_grad(), reference() as initial:
-                        ref_logp = response_logprobs(initial, batch, args.temperature)  # (b, T)
-                    loss += args.kl_coef * kl_loss(logp, ref_logp, old, batch.mask, divisor)
+                    logp, old, advantages[part], mask[part],
+                    args.clip_low, args.clip_high, args.dual_clip, divisor[part])
+                if args.kl_coef:
+                    loss += args.kl_coef * kl_loss(
+                        logp, ref_logp[part], old, mask[part], divisor[part])
                 loss.backward()
                 metrics["loss"] = loss.item()
                 metrics["gap_max"] = largest_gap(old, batch)

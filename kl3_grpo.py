@@ -20,7 +20,8 @@ What is not known of the paper, and what stands here:
 2. Its aggregation. The mean over all tokens of an update, so that micro-batches change nothing.
 3. Its updates per rollout. 4, each on its share of the prompts; with 1 no gate ever acts.
 4. Its learning rate. The best of three for four updates on the embedded model.
-5. Its truncated answers. One cut off at --max-new-tokens is wrong, whatever it says.
+5. Its truncated answers. One cut off at --max-new-tokens is wrong, whatever it says: its reward is
+   0, and its tokens stay in the loss.
 
 Axes: B answers, P problems, G answers per problem, T answer tokens; b a micro-batch's share of B.
 """
@@ -143,6 +144,7 @@ def main(argv=None):
     reward_of = load_reward(args.reward) if args.reward else reward
     run = Run("kl3_grpo", args, reward_of)
     model = run.model
+    # foreach=False: one weight after another, without temporary copies of all of them.
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.01, foreach=False)
 
     for step in range(run.begin(optimizer=optimizer), args.steps):
@@ -151,9 +153,10 @@ def main(argv=None):
         prompts = run.encode(problems)
         rollout = sample(model, run.tokenizer, prompts, args.group_size, args.max_new_tokens,
                          args.temperature, seed=args.seed * 100_000 + step)            # B answers
+        mask = rollout.mask  # 1 on an answer's tokens, the stop token included        # (B, T)
         run.lap("sampling")
 
-        # 2. Reward them. An answer that was cut off is wrong, here and in evaluation.
+        # 2. Reward them. An answer that was cut off is wrong: 0, here and in evaluation.
         rewards = [float(reward_of(text, problems[i // args.group_size]))
                    for i, text in enumerate(rollout.texts)]
         rewards = torch.tensor(rewards, device=model.device) * rollout.finished        # (B,)
@@ -165,25 +168,24 @@ def main(argv=None):
 
         # 4. A row whose advantage is 0 has no gradient and is not run. With several updates the
         #    policy that sampled has to be kept.
-        all_rows = torch.arange(len(advantages), device=model.device)                  # (B,)
+        rows = torch.arange(len(advantages), device=model.device)                      # (B,)
         useful = advantages != 0                                                       # (B,)
         old_logp = None
         if args.updates_per_rollout > 1:
-            old_logp = old_logprobs(model, rollout, all_rows[useful],
+            old_logp = old_logprobs(model, rollout, rows[useful],
                                     args.micro_batch_tokens, args.temperature)         # (B, T)
 
         # 5. Update: the gradients of all micro-batches add up to one step of the optimiser.
         parts = []
         grad_norms = []
-        for rows in all_rows.chunk(args.updates_per_rollout):
-            num_tokens = total(rollout.lengths[rows].sum())
-            kept = rows[useful[rows]]
-            for part in micro_batches(rollout, kept, args.micro_batch_tokens):
+        for update in rows.chunk(args.updates_per_rollout):                            # row numbers
+            num_tokens = total(rollout.lengths[update].sum())                          # scalar
+            for part in micro_batches(rollout, update[useful[update]], args.micro_batch_tokens):
                 batch = rollout[part]                                                  # b answers
                 logp = response_logprobs(model, batch, args.temperature)               # (b, T)
                 old = logp.detach() if old_logp is None else old_logp[part]            # (b, T)
                 loss, metrics = atr_grpo_loss(
-                    logp, old, advantages[part], batch.mask,
+                    logp, old, advantages[part], mask[part],
                     args.delta, args.measure, num_tokens)
                 loss.backward()
                 metrics["loss"] = loss.item()
@@ -197,10 +199,10 @@ def main(argv=None):
         run.lap("training")
 
         # 6. How far the updates have moved the policy: KL3 of all tokens of the rollout.
-        logp = old_logprobs(model, rollout, all_rows, args.micro_batch_tokens,
+        logp = old_logprobs(model, rollout, rows, args.micro_batch_tokens,
                             args.temperature)                                          # (B, T)
-        divergence = kl3(logp - rollout.logp) * rollout.mask                           # (B, T)
-        moved = total(divergence.sum()) / total(rollout.mask.sum())
+        divergence = kl3(logp - rollout.logp) * mask                                   # (B, T)
+        moved = total(divergence.sum()) / total(mask.sum())                            # scalar
         run.lap("measuring")
 
         # 7. Book-keeping.

@@ -4,10 +4,9 @@ Paper: Demystifying Long Chain-of-Thought (arXiv 2502.03373), sections 3 to 5; p
 Run:   python long_cot_sft.py                        the embedded model learns to check itself
        python long_cot_sft.py --teacher-style short  the paper's rival: short chains
        python long_cot_sft.py --model Qwen/Qwen2.5-Math-7B --traces TRACES.jsonl
-See:   how many answers are right, and a histogram of the lengths of those that are kept. The loss
-       falls, and the student writes long chains unasked: more of its answers are right, "wait"
-       appears in them. <run>/traces.jsonl is what it learns from, and
-       python ppo.py --model runs/long_cot_sft goes on with it.
+See:   how many of the teacher's answers are right. The loss falls, and the student writes long
+       chains unasked: more of its answers are right, "wait" appears in them. It has learnt from
+       <run>/traces.jsonl, and python ppo.py --model runs/long_cot_sft goes on with it.
 
 Deviations from the paper, and why:
 1. The loss is a mean over all tokens of an update, so that micro-batches change nothing (authors:
@@ -21,27 +20,20 @@ Deviations from the paper, and why:
 Axes: B traces, T answer tokens, V vocabulary; b a micro-batch's share of B.
 """
 import gc
-import json
 import math
 import re
 from collections import Counter
 from dataclasses import dataclass
+from itertools import compress
 
 import torch
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from common.data import (
-    batch_of,
-    drop_long_prompts,
-    encode_prompt,
-    is_chat,
-    is_text,
-    read_rows,
-    write_whole,
-)
-from common.distributed import everyone, rank, share, size, total
+from common.data import batch_of, drop_long_prompts, encode_prompt, is_chat, is_text, read_rows
+from common.distributed import rank, share, size, total
+from common.evaluate import evaluate
 from common.flags import BOXED, BadInput, Shared, exit_on_bad_input, flag, parse_args
 from common.logprobs import check_model, micro_batches, response_logprobs
 from common.models import (
@@ -54,11 +46,12 @@ from common.models import (
     stop_ids,
 )
 from common.run import Run, json_lines
-from common.sampling import Rollout, sample
+from common.sampling import Rollout
 from common.verify import verify
 
 WORDS = ("wait", "recheck", "alternatively", "retry", "however")
-TEMPERATURE = {"long": 1.0, "short": 0.7}
+TEMPERATURE = {"long": 1.0, "short": 0.7}  # of the teacher, as in the paper
+TOP_P = 0.95
 ROWS = 256  # answers that are drawn and written together: a kill loses no more
 
 
@@ -67,7 +60,7 @@ def reward(text: str, row: dict) -> float:
     return verify(text, row["answer"])
 
 
-def sft_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def sft_loss(logits, labels):
     """Mean of -log p(label), nats, where the label is not -100. (B, T, V), (B, T) -> scalar.
 
     Already shifted: logits[:, t] predicts labels[:, t]. main() computes it without a (B, T, V).
@@ -79,143 +72,82 @@ def sft_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return -logp.sum() / inside.sum().clamp(min=1)
 
 
-def lr_at(step: int, total: int, peak: float, warmup: float = 0.03, floor: float = 0.1) -> float:
-    """Learning rate of update `step` (0-based): straight up to the peak, half a cosine down."""
-    rise = math.ceil(warmup * total)
-    if step < rise:
-        return peak * (step + 1) / rise
-    done = (step - rise) / (total - rise)
-    cosine = (1 + math.cos(math.pi * done)) / 2
-    return peak * (floor + (1 - floor) * cosine)
+def lr_at(step, steps, peak) -> float:
+    """Rate of update `step` (0-based): up to the peak in 3 % of them, half a cosine to 10 %."""
+    rise = math.ceil(0.03 * steps)
+    done = max(0, step - rise) / max(1, steps - rise)
+    cosine = (1 + math.cos(math.pi * done)) / 2                                 # 1 to 0
+    return peak * min((step + 1) / rise, 0.1 + 0.9 * cosine)
 
 
-def reflection_rates(texts: list[str]) -> dict[str, float]:
-    """Share of texts that hold each of five words, whole and in any case; NaN without texts."""
+def reflection_rates(texts) -> dict:
+    """Share of the texts, one or more, that hold each of five words, whole and in any case."""
     rates = {}
     for word in WORDS:
         whole = re.compile(rf"\b{word}\b", re.IGNORECASE)
         found = [text for text in texts if whole.search(text)]
-        rates[word] = len(found) / len(texts) if texts else math.nan
+        rates[word] = len(found) / len(texts)
     return rates
 
 
-def histogram(lengths: list[int], bins: int = 8) -> dict[str, int]:
-    """{"from-to": how many}, in equal bins from the shortest to the longest, tokens."""
-    shortest = min(lengths)
-    width = (max(lengths) - shortest) // bins + 1
-    counts = {}
-    for low in range(shortest, shortest + bins * width, width):
-        inside = [length for length in lengths if low <= length < low + width]
-        counts[f"{low}-{low + width - 1}"] = len(inside)
-    return counts
-
-
-def load_traces(name: str) -> list[tuple]:
-    """--traces, with messages, prompt and completion, or sampled here -> (problem, answer) pairs.
-
-    Of messages the last is learnt, which must be the assistant's. BadInput if no row is usable.
-    """
-    rows = read_rows(name, "train", "--traces")
-    pairs = []
-    unusable = 0
-    for row in rows:
-        problem = row.get("prompt")
-        answers = [row.get("completion")]
-        if isinstance(row.get("completions"), list):
-            problem = row.get("problem")
-            answers = row["completions"]
-        elif is_chat(row.get("messages")):
-            problem = row["messages"][:-1]
-            answers = [row["messages"][-1:]]
-        for answer in answers:
-            if is_chat(answer) and answer[-1]["role"] == "assistant":
-                answer = answer[-1]["content"]
-            if is_text(answer) and (is_text(problem) or is_chat(problem)):
-                pairs.append((problem, answer))
-            else:
-                unusable += 1
-    print(f"traces: {name}: {len(rows)} rows, {unusable} answers without a text or a prompt")
-    if not pairs:
-        raise BadInput(f"--traces {name}: no row has messages that end with the assistant's, or a "
-                       f"prompt and a completion; it has {', '.join(rows[0])}")
-    return pairs
-
-
-def ask_teacher(teacher, tokenizer, problems, system: str, seed: int, args) -> list[dict]:
+def ask_teacher(teacher, tokenizer, problems, system, seed, args) -> list[dict]:
     """A row for each problem, with the answers worth keeping; the same on every rank."""
-    padding = problems[-1:] * (-len(problems) % size())  # every rank needs equally many
-    mine = share(problems + padding)
-    prompts = [encode_prompt(tokenizer, row["problem"], system) for row in mine]
-    rollout = sample(
-        teacher, tokenizer, prompts,
-        n=args.samples,
-        max_new_tokens=args.teacher_max_new_tokens,
-        temperature=args.teacher_temperature,
-        top_p=args.teacher_top_p,
-        seed=seed)
-    found = []
-    for i, row in enumerate(mine):
-        group = range(i * args.samples, (i + 1) * args.samples)
-        ended = [rollout.texts[j] for j in group if rollout.finished[j]]  # not those cut off
-        right = [text for text in ended if reward(text, row) >= 1]
-        kept = ended if args.keep == "all" else right
-        found.append({"problem": row["problem"], "answer": row["answer"], "completions": kept,
-                      "ended": len(ended), "right": len(right)})
-    together = zip(*everyone(found), strict=True)
-    answered = [row for of_ranks in together for row in of_ranks]
-    return answered[:len(problems)]
+    result = evaluate(
+        teacher, tokenizer, problems, reward, args.samples, args.teacher_max_new_tokens,
+        args.teacher_temperature, TOP_P, seed, system)
+    rows = []
+    for row in result["answers"]:
+        ended = row["finished"]
+        right = [value >= 1 for value in row["rewards"]]  # never if it was cut off
+        kept = compress(row["responses"], ended if args.keep == "all" else right)
+        rows.append({"problem": row["problem"], "answer": row["answer"], "completions": list(kept),
+                     "ended": sum(ended), "right": sum(right)})
+    return rows
 
 
-def sample_traces(run) -> list[tuple]:
-    """Asks the teacher, or goes on where that was stopped -> (problem, answer) pairs. BadInput."""
+def sample_traces(run) -> list[dict]:
+    """Asks the teacher, or goes on where that was stopped -> rows with completions. BadInput."""
     args = run.args
     system = args.system or BOXED
     if is_small(args.teacher):
         system = f"style: {args.teacher_style}"  # the embedded model knows both
     tokenizer = load_tokenizer(args.teacher)
     longest = context_of(args.teacher) - args.teacher_max_new_tokens
-    if longest < 1:
-        raise BadInput(f"--teacher-max-new-tokens {args.teacher_max_new_tokens}: the teacher's "
-                       "context has no room for a prompt beside them")
     problems = run.train[:args.teacher_problems or None]
     problems = drop_long_prompts(tokenizer, problems, system, longest)
-
-    # What a run that was stopped has left: the file is written whole after each batch.
     rows = []
     path = run.folder / "traces.jsonl"
     if args.resume and path.exists():
         rows = read_rows(str(path), "train", "--resume")
-    found = [row.get("problem") for row in rows]
-    if found != [row["problem"] for row in problems[:len(rows)]]:
-        raise BadInput(f"--resume {path}: not of these problems; give it as --traces to a new run")
-
-    # Ask, a batch of problems at a time.
     batch = max(1, ROWS // args.samples)
     missing = range(len(rows), len(problems), batch)
-    teacher = None
     if missing:
         teacher = load_model(args, trained=False, name=args.teacher)
         prompt = encode_prompt(tokenizer, problems[0]["problem"], system)
         check_model(teacher, tokenizer, prompt, trained=False)
-    run.make_folder()  # all flags have been checked
-    path = run.folder / "traces.jsonl"
-    bar = tqdm(desc="asking the teacher", total=len(problems), initial=len(rows), unit="problem",
-               disable=rank() > 0)
-    for first in missing:
-        asked = problems[first:first + batch]
+        run.make_folder()  # all flags have been checked
+    for first in tqdm(missing, "asking the teacher", disable=rank() > 0):
         seed = args.seed * 100_000_000 + first * 1000
-        rows += ask_teacher(teacher, tokenizer, asked, system, seed, args)
-        if rank() == 0:
-            write_whole(path, json_lines(rows))
-        bar.update(len(asked))
-    bar.close()
-
-    sampled = args.samples * len(rows)
+        rows += ask_teacher(teacher, tokenizer, problems[first:first + batch], system, seed, args)
+        run.write("traces.jsonl", json_lines(rows))
     ended = sum(row["ended"] for row in rows)
     right = sum(row["right"] for row in rows)
-    print(f"traces: {sampled} answers to {len(rows)} problems: {ended} ended, {right} right "
-          f"({right / sampled:.1%})")
-    return [(row["problem"], text) for row in rows for text in row["completions"]]
+    print(f"teacher: {len(rows)} x {args.samples} answers: {ended} ended, {right} right")
+    return rows
+
+
+def pairs_of(rows) -> list[tuple]:
+    """Rows of messages, of prompt and completion, or sampled here -> (problem, answer) pairs."""
+    pairs = []
+    for row in rows:
+        messages = row.get("messages")
+        problem = row.get("problem", row.get("prompt"))
+        answers = row.get("completions", [row.get("completion")])
+        if is_chat(messages) and messages[-1]["role"] == "assistant":
+            problem = messages[:-1]
+            answers = [messages[-1]["content"]]
+        pairs += [(problem, answer) for answer in answers]
+    return pairs
 
 
 def use_stop_token(tokenizer, lm) -> list[int]:
@@ -225,7 +157,7 @@ def use_stop_token(tokenizer, lm) -> list[int]:
     """
     stop = end_of_turn(tokenizer)
     if stop is not None:
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(stop)
+        tokenizer.eos_token_id = stop
     if tokenizer.eos_token_id is None:
         raise BadInput("the tokenizer has no eos token, so answers would have no end: name one in "
                        "its tokenizer_config.json")
@@ -235,13 +167,12 @@ def use_stop_token(tokenizer, lm) -> list[int]:
 
 
 def question(problem) -> str:
-    """A problem's text, of a chat that of its last message."""
-    return problem if isinstance(problem, str) else problem[-1]["content"]
+    """What is asked in a problem, a text or a chat, whatever its system message."""
+    return problem.strip() if isinstance(problem, str) else problem[-1]["content"].strip()
 
 
-def encode_traces(tokenizer, pairs: list[tuple], context: int, stops: list[int], system: str = "",
-                  held_out: list[dict] = ()) -> list[dict]:
-    """(problem, answer) pairs -> rows {"prompt", "response"} of token ids, eos behind the answer.
+def encode_traces(tokenizer, pairs, context, stops, system, held_out) -> list[tuple]:
+    """(problem, answer) pairs -> (prompt, response) pairs of token ids, eos behind the response.
 
     stops: all token ids that end an answer. held_out: rows with "problem". Pairs are dropped
     whole, with a count. BadInput if none is left, or if a think block would be opened twice.
@@ -250,67 +181,45 @@ def encode_traces(tokenizer, pairs: list[tuple], context: int, stops: list[int],
     rows = {}
     dropped = Counter()
     for problem, answer in pairs:
-        key = json.dumps([problem, answer])
-        prompt = encode_prompt(tokenizer, problem, system)
+        if not is_text(answer) or not (is_text(problem) or is_chat(problem)):
+            dropped["without messages, or a prompt and a completion"] += 1
+            continue
+        prompt = tuple(encode_prompt(tokenizer, problem, system))
         opened = tokenizer.decode(prompt).rstrip().endswith(("<think>", "</think>"))
         if opened and answer.lstrip().startswith("<think>"):
             raise BadInput("traces begin with <think>, which the chat template opens as well: "
                            "take it out of them")
-        response = tokenizer(answer.rstrip(), add_special_tokens=False)["input_ids"]
-        while response and response[-1] in stops:
+        response = tokenizer(
+            answer.rstrip(), add_special_tokens=False, verbose=False)["input_ids"]
+        while response and response[-1] in stops:  # exactly one is appended
             response.pop()
-        if key in rows:
+        row = (prompt, (*response, tokenizer.eos_token_id))
+        if row in rows:
             dropped["repeated"] += 1
         elif question(problem) in avoided:
             dropped["of held-out problems"] += 1
         elif not response or set(stops) & set(response):
             dropped["empty or with a stop token inside"] += 1
-        elif len(prompt) + len(response) + 1 > context:
+        elif len(prompt) + len(response) >= context:
             dropped[f"longer than the context of {context} tokens"] += 1
         else:
-            response.append(tokenizer.eos_token_id)
-            rows[key] = {"prompt": prompt, "response": response}
-    counts = [f"{count} {reason}" for reason, count in dropped.items()]
-    print(f"traces: {len(rows)} to train on; dropped: {', '.join(counts) or 'none'}")
+            rows[row] = None
+    counts = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
+    print(f"traces: {len(rows)} to train on; dropped: {counts}")
     if not rows:
-        raise BadInput(f"none of the {len(pairs)} traces is left to train on: see the counts above")
-    return list(rows.values())
+        raise BadInput(f"none of the {len(pairs)} traces is left to train on; dropped: {counts}")
+    return list(rows)
 
 
-def describe(tokenizer, rows: list[dict], stops: list[int]) -> dict:
-    """Prints the first pair, special tokens and all, and the lengths -> what the summary keeps."""
-    first = rows[0]
-    text = tokenizer.decode(first["response"])
-    if len(text) > 1000:
-        text = f"{text[:600]} ... {text[-400:]}"
-    print(f"first pair: {tokenizer.decode(first['prompt'])!r} -> {text!r}")
-    if first["prompt"][-1] in stops:
-        print("note: the prompt ends with a stop token, behind which models do not go on")
-    lengths = [len(row["response"]) for row in rows]
-    counts = histogram(lengths)
-    print(f"        {sum(lengths)} tokens, {sum(lengths) / len(rows):.0f} per trace; lengths:")
-    for span, count in counts.items():
-        print(f"        {span:>13} {count:7} {'#' * math.ceil(50 * count / len(rows))}")
-    return {"traces": len(rows), "tokens": sum(lengths), "histogram": counts}
-
-
-def as_rollout(rows: list[dict], device) -> Rollout:
+def as_rollout(rows, device) -> Rollout:
     """Encoded traces as what the sampler hands over, so that the same functions serve."""
-    answers = [torch.tensor(row["response"], dtype=torch.long) for row in rows]
+    prompts = [prompt for prompt, _ in rows]
+    answers = [torch.tensor(response, dtype=torch.long) for _, response in rows]
     tokens = pad_sequence(answers, batch_first=True).to(device)                     # (B, T)
     lengths = torch.tensor([len(answer) for answer in answers], device=device)      # (B,)
-    place = torch.arange(tokens.shape[1], device=device)                            # (T,)
-    mask = (place < lengths[:, None]).float()         # (B, T), 1.0 up to and on the stop token
-    unknown = torch.zeros_like(mask)                                                # (B, T)
-    return Rollout(
-        prompts=[row["prompt"] for row in rows],
-        tokens=tokens,
-        lengths=lengths,
-        mask=mask,
-        logp=unknown,
-        entropy=unknown,
-        finished=lengths > 0,
-        texts=[""] * len(rows))
+    unknown = torch.zeros(tokens.shape, device=device)                              # (B, T)
+    texts = [""] * len(rows)
+    return Rollout(prompts, tokens, lengths, unknown, unknown, lengths > 0, texts)
 
 
 def count_reflections(run, when: str, result: dict) -> None:
@@ -326,14 +235,11 @@ class Args(Shared):
     traces: str = flag(None, "learn from this file or hub set and ask no teacher")
     teacher: str = flag("tiny", "model that answers; the paper: QwQ-32B-Preview")
     teacher_style: str = flag("long", "long or short chains", choices=("long", "short"))
-    teacher_temperature: float = flag(None, "1.0 for long, 0.7 for short chains, as in the paper",
-                                      above=0, kind=float)
-    teacher_top_p: float = flag(0.95, "the paper: 0.95", above=0, high=1)
+    teacher_temperature: float = flag(None, "paper: 1.0 long, 0.7 short", above=0, kind=float)
     teacher_max_new_tokens: int = flag(160, "longest trace; the paper: 8192, short: 4096", low=1)
     teacher_problems: int = flag(256, "problems to ask; 0: all, as in the paper", low=0)
     samples: int = flag(8, "answers to each; the paper: 32 to 256", low=1)
-    keep: str = flag("verified", "answers of reward 1 and more, or all that end",
-                     choices=("verified", "all"))
+    keep: str = flag("verified", "what verifies, or all that ends", choices=("verified", "all"))
     epochs: int = flag(2, "passes over the traces; the paper: 2", low=1)
     batch_size: int = flag(32, "traces per update; the paper: 256", low=1)
     lr: float = flag(1e-3, "AdamW, peak; ten times that with --lora-rank; the paper: 5e-6", above=0)
@@ -347,23 +253,32 @@ REAL = {"teacher_max_new_tokens": 8192, "teacher_problems": 0, "samples": 32, "b
 @exit_on_bad_input
 def main(argv=None):
     args = parse_args(Args, REAL, __doc__, argv)
-    if args.teacher_temperature is None:
-        args.teacher_temperature = TEMPERATURE[args.teacher_style]
+    args.teacher_temperature = args.teacher_temperature or TEMPERATURE[args.teacher_style]
     run = Run("long_cot_sft", args, reward)
     model = run.model
     lm = causal_lm(model)
     stops = use_stop_token(run.tokenizer, lm)
 
     # 1. Traces, of a file or of the teacher, whose memory goes before training.
-    pairs = load_traces(args.traces) if args.traces else sample_traces(run)
+    if args.traces:
+        traces = read_rows(args.traces, "train", "--traces")
+    else:
+        traces = sample_traces(run)
     gc.collect()
-    rows = encode_traces(run.tokenizer, pairs, lm.config.max_position_embeddings, stops,
-                         args.system, run.held_out)
-    largest = max(max(row["prompt"] + row["response"]) for row in rows)
-    if largest >= len(lm.get_input_embeddings().weight):
-        raise BadInput(f"a trace has the token {largest}, which the model does not have: the "
+    context = lm.config.max_position_embeddings
+    pairs = pairs_of(traces)
+    rows = encode_traces(run.tokenizer, pairs, context, stops, args.system, run.held_out)
+    largest = max(max(prompt + response) for prompt, response in rows)
+    if largest >= lm.get_input_embeddings().num_embeddings:
+        raise BadInput(f"the traces have the token {largest}, which the model has not: the "
                        "tokenizer is another model's")
-    about = describe(run.tokenizer, rows, stops)
+    if rows[0][0][-1] in stops:
+        print("note: the prompt ends with a stop token, behind which models do not go on")
+    prompt, response = map(run.tokenizer.decode, rows[0])
+    lengths = [len(response) for _, response in rows]
+    print(f"first pair: {prompt!r} -> {response[:1000]!r}\n"
+          f"lengths: {sum(lengths) / len(rows):.0f} tokens on average, {max(lengths)} at most")
+    about = {"traces": len(rows), "tokens": sum(lengths)}
     if run.summary.setdefault("traces", about) != about:
         raise BadInput(f"--resume {run.folder}: its traces have changed since")
 
@@ -372,9 +287,10 @@ def main(argv=None):
     args.steps = math.ceil(visits / args.batch_size)
     if run.held_out and "reflection_before" not in run.summary:
         count_reflections(run, "before", run.measure("before"))
+    # foreach=False: one weight after another, without temporary copies of all of them.
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95),
                                   weight_decay=0.0, foreach=False)
-    nothing = {"prompt": rows[0]["prompt"], "response": []}
+    nothing = (rows[0][0], ())
 
     for step in range(run.begin(optimizer=optimizer), args.steps):
         # 3. The traces of this update, equally many on every rank; the last pass may end early.

@@ -14,10 +14,9 @@ V(s_t), what the critic expected before it was drawn.
 Deviations from the paper, and why:
 1. An answer that was cut off at --max-new-tokens is wrong: its reward is 0 before length shapes it.
    Too long is within --margin tokens of the limit, as in the authors' code (paper: at it).
-2. A reward between 0 and 1 is interpolated between the curves of right and wrong answers, so that
-   0.5 stays half (authors' code: below 1 is wrong).
-3. The critic's head starts at 0 and adds the first rollout's mean return (authors: random). It then
-   explains 0.11 of the variance after four rollouts of the embedded model, without it 0.001.
+2. A reward between 0 and 1 lies between the curves of wrong and right answers (authors: is wrong).
+3. The critic's head starts at 0 and adds the first rollout's mean return (authors: random head).
+   After four rollouts it explains 0.11 of the embedded model's variance, without that 0.001.
 4. Four updates per rollout, each on its share of the problems (authors: 512 shuffled answers each),
    with AdamW at a constant rate (authors: warm-up, then a cosine to 10 %).
 5. For the embedded model, whose tokens are characters, N is 12 (paper: 40); its values move by up
@@ -44,7 +43,7 @@ from common.logprobs import (
     response_logprobs,
     states_before_answers,
 )
-from common.models import autocast, causal_lm, load_model, reference_model
+from common.models import adapters_off, autocast, causal_lm, load_model, reference_model
 from common.run import Run
 from common.sampling import sample
 from common.verify import verify
@@ -64,17 +63,15 @@ def reward(text: str, row: dict) -> float:
 
 
 def cosine_reward(correct, length, max_length, correct_range=(2.0, 1.0), wrong_range=(-10.0, 0.0),
-                  exceed=-10.0, margin=16) -> float:
+                  exceed=-10.0, margin=16):
     """§4.2: half a cosine from range[0] at length 0 to range[1] at max_length, in tokens.
 
         CosFn(L) = r_L + (r_0 - r_L) (1 + cos(pi L / max_length)) / 2
 
     correct: 1.0 takes correct_range, 0.0 wrong_range, what lies between them is interpolated.
     `exceed` if length + margin >= max_length, right or wrong; None: no such check. The stop token
-    counts. ValueError if a wrong answer would get more than 0.
+    counts.
     """
-    if max(wrong_range) > 0:
-        raise ValueError(f"a wrong answer must not be rewarded: {wrong_range=}")
     if exceed is not None and length + margin >= max_length:
         return exceed
     share_of_limit = min(length / max_length, 1.0)
@@ -86,7 +83,7 @@ def cosine_reward(correct, length, max_length, correct_range=(2.0, 1.0), wrong_r
     return correct * right + (1 - correct) * wrong
 
 
-def repetition_penalty(token_ids: list[int], ngram=40, penalty=-0.05) -> list[float]:
+def repetition_penalty(token_ids, ngram=40, penalty=-0.05):
     """Algorithm 1: `penalty` on every token of an N-gram that occurred before, 0 elsewhere.
 
     -> one float per token. It is set, not added up, and a repeat may overlap what it repeats.
@@ -140,33 +137,17 @@ def gae(rewards, values, mask, gamma=1.0, lam=1.0):
     values = values * mask                                              # (B, T)
     next_values = nn.functional.pad(values, (0, 1))[:, 1:]              # (B, T), 0 after the end
     delta = rewards + gamma * next_values - values                      # (B, T)
-    gammas = torch.tensor([gamma * lam], device=mask.device)            # (1,)
+    gammas = mask.new_tensor([gamma * lam])                             # (1,)
     advantages = discounted_returns(delta[None], gammas, mask)          # (B, T)
     return advantages, advantages + values
 
 
 def mean_and_variance(x, mask):
     """Over the tokens in mask, of all ranks; the population's. (B, T) x2 -> two scalars."""
-    count = total(mask.sum()).clamp(min=1)
+    count = total(mask.sum())
     mean = total((x * mask).sum()) / count
     squares = (x - mean).square() * mask                                # (B, T)
     return mean, total(squares.sum()) / count
-
-
-def whiten(advantages, mask):
-    """Mean 0 and variance 1 over the tokens in mask, of all ranks. (B, T) x2 -> (B, T)."""
-    mean, variance = mean_and_variance(advantages, mask)
-    scale = torch.rsqrt(variance.clamp(min=1e-8))
-    return (advantages - mean) * scale * mask
-
-
-def explained_variance(values, returns, mask) -> float:
-    """1 - Var(returns - values) / Var(returns); 0 if all returns are equal. (B, T) x3."""
-    _, left = mean_and_variance(returns - values, mask)
-    _, whole = mean_and_variance(returns, mask)
-    if whole == 0:
-        return 0.0
-    return 1 - (left / whole).item()
 
 
 def ppo_loss(logp, old_logp, advantages, mask, clip_low=0.2, clip_high=0.2, denominator=None):
@@ -175,8 +156,7 @@ def ppo_loss(logp, old_logp, advantages, mask, clip_low=0.2, clip_high=0.2, deno
         -mean over tokens of min(r A, clip(r, 1 - clip_low, 1 + clip_high) A),  r = p / p_old
 
     Log-probs in nats. denominator: what the sum over tokens is divided by, a number or (B, 1);
-    default: the tokens in mask. Count it over the whole update when that is split into
-    micro-batches. clip_fraction: the share of tokens that get no gradient because of the clip.
+    default: the tokens in mask. clip_fraction: the share of tokens without gradient, by the clip.
     """
     if denominator is None:
         denominator = mask.sum().clamp(min=1)
@@ -240,8 +220,6 @@ class Args(Shared):
     temperature: float = flag(1.0, "divides the logits in sampling and training", above=0)
     lr: float = flag(1e-4, "AdamW; ten times that with --lora-rank; the paper: 5e-7", above=0)
     updates_per_rollout: int = flag(4, "each on its share of the prompts; the paper: 4-16", low=1)
-    clip_low: float = flag(0.2, "bad tokens below ratio 1 - this get no gradient", low=0, high=1)
-    clip_high: float = flag(0.2, "good ones above 1 + this get none", low=0)
     kl_coef: float = flag(0.01, "reward a nat of KL to the initial model costs", low=0)
     critic_lr: float = flag(1e-3, "of the critic, trunk and head; the paper: 9e-6", above=0)
     value_clip: float = flag(2.0, "how far a value moves per rollout; the paper: 0.2", above=0)
@@ -272,10 +250,10 @@ def main(argv=None):
     weights = [
         {"params": model.parameters(), "lr": args.lr},
         {"params": critic.parameters(), "lr": args.critic_lr}]
+    # foreach=False: one weight after another, without temporary copies of all of them.
     optimizer = torch.optim.AdamW(weights, weight_decay=0.01, foreach=False)
 
-    first = run.begin(optimizer=optimizer, critic=critic)
-    for step in range(first, args.steps):
+    for step in range(run.begin(optimizer=optimizer, critic=critic), args.steps):
         # 1. Sample a group of answers to each problem.
         problems = share(batch_of(run.train, step, args.prompts_per_step, args.seed))  # P rows
         prompts = run.encode(problems)
@@ -288,27 +266,26 @@ def main(argv=None):
         all_rows = torch.arange(len(rollout.mask), device=model.device)                # (B,)
         run.lap("sampling")
 
-        # 2. Rate them. An answer that was cut off is wrong, here and in evaluation, and stays in
-        #    the loss.
-        correct = []
+        # 2. Rate them. An answer that was cut off is wrong, here and in evaluation: it gets 0, and
+        #    stays in the loss.
+        correct = []                                                                   # B rewards
         for i, text in enumerate(rollout.texts):
             row = problems[i // args.group_size]
-            correct.append(float(reward_of(text, row)))
-        correct = torch.tensor(correct, device=model.device)                           # (B,)
-        correct = correct * rollout.finished
+            ended = rollout.finished[i]
+            correct.append(float(reward_of(text, row)) if ended else 0.0)
 
         # 3. Tokens get rewards: the last one the answer's, shaped by length, repeated ones another.
         mask = rollout.mask                          # (B, T), by length, cut off or not
-        outcome, repeated = token_rewards(args, rollout, correct.tolist())             # (B, T) x2
+        outcome, repeated = token_rewards(args, rollout, correct)                      # (B, T) x2
         rewards = torch.stack([outcome, args.penalty * repeated])                      # (M, B, T)
         rewards = rewards.clamp(-10, 10)
         exceeded = rollout.lengths + args.margin >= args.max_new_tokens                # (B,)
         num_answers = total(len(mask))
-        metrics = {}
-        metrics["score"] = total(rewards.sum().item()) / num_answers
-        metrics["exceeded"] = total(exceeded.sum().item()) / num_answers
         share_repeated, _ = mean_and_variance(repeated, mask)
-        metrics["repeated"] = share_repeated.item()
+        metrics = {
+            "score": total(rewards.sum().item()) / num_answers,
+            "exceeded": total(exceeded.sum().item()) / num_answers,
+            "repeated": share_repeated.item()}
         if step == 0:  # else the critic's first updates all go into this one number
             returns = discounted_returns(rewards, gammas, mask)                        # (B, T)
             mean, _ = mean_and_variance(returns, mask)
@@ -324,19 +301,23 @@ def main(argv=None):
             for part in micro_batches(rollout, all_rows, budget):
                 old_values[part] = token_values(critic, rollout[part])
         if reference is not None:
-            with reference() as initial:
+            with adapters_off(reference):
                 ref_logp = old_logprobs(
-                    initial, rollout, all_rows, budget, args.temperature)              # (B, T)
+                    reference, rollout, all_rows, budget, args.temperature)            # (B, T)
             log_ratio = old_logp - ref_logp                                            # (B, T)
             cost = args.kl_coef * log_ratio / len(rewards)                             # (B, T)
             rewards = rewards - cost                                                   # (M, B, T)
             metrics["kl"] = total(log_ratio.sum().item()) / num_answers
 
-        # 5. Returns and advantages, §4.6.
+        # 5. Returns and advantages, §4.6, which are whitened: mean 0, variance 1.
         returns = discounted_returns(rewards, gammas, mask)                            # (B, T)
-        advantages = (returns - old_values) * mask                                     # (B, T)
-        advantages = whiten(advantages, mask)                                          # (B, T)
-        metrics["explained_variance"] = explained_variance(old_values, returns, mask)
+        advantages = returns - old_values                                              # (B, T)
+        mean, unexplained = mean_and_variance(advantages, mask)
+        _, variance = mean_and_variance(returns, mask)
+        explained = (variance - unexplained) / variance.clamp(min=1e-8)
+        metrics["explained_variance"] = explained.item()
+        scale = unexplained.clamp(min=1e-8).rsqrt()
+        advantages = (advantages - mean) * scale * mask                                # (B, T)
 
         # 6. Update: the gradients of all micro-batches add up to one step of the optimiser. Means
         #    are per answer first, then over the answers of the update.
@@ -350,7 +331,7 @@ def main(argv=None):
                 logp = response_logprobs(model, batch, args.temperature)               # (b, T)
                 loss, found = ppo_loss(
                     logp, old_logp[part], advantages[part], batch.mask,
-                    args.clip_low, args.clip_high, divisor)
+                    denominator=divisor)
                 loss.backward()
                 values = token_values(critic, batch)                            # (b, T)
                 error = value_loss(
@@ -372,7 +353,7 @@ def main(argv=None):
         run.lap("training")
 
         # 7. Book-keeping.
-        as_one_group = correct[None]                                                   # (1, B)
+        as_one_group = torch.tensor([correct])                                         # (1, B)
         run.log(step, problems, rollout, as_one_group, parts, grad_norms, **metrics)
         run.save(step + 1)
     run.finish()

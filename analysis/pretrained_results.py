@@ -19,7 +19,7 @@ from common.data import batch_of, encode_prompt, load_problems, read_rows
 from common.evaluate import evaluate
 from common.flags import BOXED
 from common.internal_policy import block_streams, boundary_layer, entropy
-from common.models import causal_lm, load_model, load_tokenizer
+from common.models import autocast, causal_lm, load_model, load_tokenizer
 from common.sampling import join, sample
 from common.verify import extract_answer
 from entropy_min import accuracy_variance
@@ -35,9 +35,9 @@ STYLES = {
               "no other words, then the result in a box. Example: Compute 12+3*4-5.\n3*4=12\n"
               "12+12=24\n24-5=19\n\\boxed{19}", 8),
 }
-PROBLEMS = 96
+PROBLEMS = {"SFT long": 96, "SFT short": 96, "SFT short, 192 problems": 192}
 TIMES = ("before", "after")
-HELD_OUT = 32
+HELD_OUT = 64
 LENGTH = 224  # longest answer to GSM8K
 TOKENS = 256  # pooled in a look inside
 
@@ -125,7 +125,25 @@ def look(model, tokenizer, problems: list[dict], system: str, length: int) -> di
             "boxed": ex.mean(boxed),
             "given a box": sum(rewards) / max(1, sum(boxed)),
         }
+    rollout = sample(model, tokenizer, [encode_prompt(tokenizer, row["problem"], system)
+                                        for row in problems[:8]], 1, length, 0.0, seed=7)
+    found["skewness"] = skewness(model, rollout)
     return found
+
+
+@torch.no_grad()
+def skewness(model, rollout) -> float:
+    """Of all logits at a token, mean over answer tokens: m3 / m2^1.5."""
+    ids, predicts = join(rollout.prompts, rollout.tokens, rollout.lengths)      # (B, S) each
+    lm = causal_lm(model)
+    values = []
+    with autocast(model):
+        for row, inside in zip(ids, predicts, strict=True):
+            hidden = lm.model(row[None], use_cache=False).last_hidden_state[0, inside]  # (T, D)
+            logits = lm.lm_head(hidden).float()                                         # (T, V)
+            centred = logits - logits.mean(-1, keepdim=True)
+            values.append((centred**3).mean(-1) / centred.square().mean(-1) ** 1.5)     # (T,)
+    return torch.cat(values).mean().item()
 
 
 def easy(name: str, split: str) -> list[dict]:
@@ -158,18 +176,18 @@ def ascend(run, optimizer) -> None:
     optimizer.param_groups[0]["maximize"] = True
 
 
-def ask(teacher: str, style: str) -> list[dict]:
+def ask(teacher: str, style: str, count: int) -> pathlib.Path:
     """The teacher's verified answers to the arithmetic problems, 32 problems at a time."""
-    path = BASE / f"traces-{style}.jsonl"
+    path = BASE / f"traces-{style}-{count}.jsonl"
     rows = ex.read_lines(path)
-    problems = load_problems("arithmetic")[len(rows):PROBLEMS]
+    problems = load_problems("arithmetic")[len(rows):count]
     if not problems:
-        return rows
+        return path
     torch.set_num_threads(1)
     model, tokenizer = frozen(teacher), load_tokenizer(teacher)
     system, samples = STYLES[style]
     how = SimpleNamespace(samples=samples, teacher_max_new_tokens=192, teacher_temperature=0.7,
-                          teacher_top_p=0.95, keep="verified")
+                          keep="verified")
     path.parent.mkdir(parents=True, exist_ok=True)
     for start in range(0, len(problems), 32):
         batch = problems[start:start + 32]
@@ -177,26 +195,27 @@ def ask(teacher: str, style: str) -> list[dict]:
         rows += found
         with open(path, "a") as file:
             file.writelines(json.dumps(row) + "\n" for row in found)
-    return rows
+    return path
 
 
 def distil(args) -> dict:
-    """The student learns from both styles."""
+    """The student learns from both styles, and from four times as many problems of one."""
     arms = {}
-    for style in STYLES:
-        ask(args.at(QWEN), style)
-        arms[f"SFT {style}"] = Arm(
-            "long_cot_sft.py", f"--model {args.at(SMOL)} --traces {BASE}/traces-{style}.jsonl "
+    for name, count in PROBLEMS.items():
+        style = "long" if name == "SFT long" else "short"
+        traces = ask(args.at(QWEN), style, count)
+        arms[name] = Arm(
+            "long_cot_sft.py", f"--model {args.at(SMOL)} --traces {traces} "
             "--dtype bfloat16 --epochs 3 --batch-size 16 --lr 1e-4 --max-new-tokens 160 "
             "--eval-problems 48 --micro-batch-tokens 2048")
     return ex.runs("pretrained/distil", arms, args)
 
 
 def reinforce(args) -> dict:
-    """From the student of the short style: four methods, equally many rollouts."""
-    student = BASE / "distil" / "SFT_short-0" / "model"
-    flags = (f"--model {student} --dtype bfloat16 --steps 6 --prompts-per-step 8 --group-size 8 "
-             "--max-new-tokens 96 --eval-problems 48 --micro-batch-tokens 2048 ")
+    """From the better student of the short style: four methods, equally many rollouts."""
+    student = BASE / "distil" / "SFT_short,_192_problems-0" / "model"
+    flags = (f"--model {student} --dtype bfloat16 --steps 10 --prompts-per-step 8 --group-size 8 "
+             "--max-new-tokens 64 --eval-problems 96 --micro-batch-tokens 2048 ")
     arms = {
         "GRPO": Arm("grpo.py", flags + "--lr 3e-5"),
         "BuPO": Arm("bupo.py", flags + "--lr 3e-5 --layer auto --internal-steps 2"),
@@ -215,24 +234,33 @@ def most_uncertain(name: str, train: str) -> str:
 
 
 def one_shot(args) -> dict:
-    """Ten updates on one problem, down and up, and the model before."""
+    """Ten updates on one problem, two of it and of its controls, and the model before."""
     name = args.at(QWEN)
-    problems = easy(args.gsm8k[1], "test")[:HELD_OUT]
-    before = cached("before-em", untrained, name, problems)
+    held_out = easy(args.gsm8k[1], "test")[:HELD_OUT]
+    before = cached("before-em", untrained, name, held_out)
     train = BASE / "gsm8k-easy.jsonl"
     rows = easy(args.gsm8k[0], "train")
     lines = [json.dumps(row) + "\n" for row in rows]
     train.write_text("".join(lines))
-    chosen = BASE / "problem.txt"
-    chosen.write_text(cached("problem", most_uncertain, name, str(train)))
-    flags = (f"--model {name} --data {train} --eval-data {args.gsm8k[1]} --eval-problems 0 "
-             f"--problem-file {chosen} --dtype bfloat16 --steps 10 --group-size 8 "
-             f"--max-new-tokens {LENGTH} --micro-batch-tokens 2048")
-    few = flags + " --steps 2"
+    problems = {"chosen": cached("problem", most_uncertain, name, str(train)),
+                "random": batch_of(load_problems(str(train)), 0, 1, seed=1)[0]["problem"]}
+    for which, problem in problems.items():  # no label is read
+        row = {"problem": problem, "answer": "0"}
+        (BASE / f"{which}.jsonl").write_text(json.dumps(row))
+
+    def arm(flags, which="chosen", prepare=no_checkpoints):
+        return Arm(
+            "entropy_min.py", f"--model {name} --data {BASE}/{which}.jsonl --dtype bfloat16 "
+            f"--eval-data {args.gsm8k[1]} --eval-problems 0 --group-size 8 "
+            f"--max-new-tokens {LENGTH} --micro-batch-tokens 2048 {flags}",
+            prepare=prepare, after=after_em)
+
     arms = {
-        "EM 2 updates": Arm("entropy_min.py", few, prepare=no_checkpoints, after=after_em),
-        "EM": Arm("entropy_min.py", flags, prepare=no_checkpoints, after=after_em),
-        "entropy ascent": Arm("entropy_min.py", flags, prepare=ascend, after=after_em),
+        "EM": arm("--steps 10"),
+        "EM, 2 updates": arm("--steps 2"),
+        "random problem, 2 updates": arm("--steps 2", "random"),
+        "entropy ascent, 2 updates": arm("--steps 2", prepare=ascend),
+        "loss temperature 1, 2 updates": arm("--steps 2 --loss-temperature 1"),
     }
     return {"before": before, **ex.runs("pretrained/em", arms, args)}
 
@@ -314,17 +342,19 @@ def draw_inside(found: dict) -> None:
 
 
 def em_table(found: dict) -> str:
-    heads = ["", "temperature", "accuracy", "ended", "boxed", "accuracy given a box", "tokens"]
+    heads = ["", "temperature", "accuracy", "ended", "boxed", "accuracy given a box", "tokens",
+             "skewness of logits"]
     rows = []
     views = {"before": found["before"]}
     for name in list(found)[1:]:
         views[name] = found[name][0]["after"]
-    for temperature in found["before"]:
+    for temperature in ("0.0", "0.5"):
         for name, view in views.items():
             row = view[temperature]
             rows.append([name, temperature, f"{row['accuracy']:.3f} ± {row['error']:.3f}",
                          f"{row['ended']:.2f}", f"{row['boxed']:.2f}", f"{row['given a box']:.2f}",
-                         f"{row['length']:.0f}"])
+                         f"{row['length']:.0f}",
+                         f"{view['skewness']:.3f}" if temperature == "0.0" else ""])
     return ex.table(heads, rows)
 
 
@@ -340,8 +370,9 @@ def trained_table(found: dict) -> str:
             before, after = about["by_problem_before"], about["by_problem_after"]
             words = [about.get(f"reflection_{when}", {}) for when in TIMES]
             gaps = [row["gap_max"] for row in result["rows"] if "gap_max" in row]
+            title = f"{name}, seed {result['seed']}" if len(results) > 1 else name
             rows.append([
-                name, *[f"{about[f'avg_at_k_{when}']:.3f}" for when in TIMES],
+                title, *[f"{about[f'avg_at_k_{when}']:.3f}" for when in TIMES],
                 ex.paired(after, before),
                 "" if name == first else ex.paired(after, other["summary"]["by_problem_after"]),
                 *[f"{about[f'pass_at_{when}']['8']:.2f}" for when in TIMES],

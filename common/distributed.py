@@ -4,17 +4,18 @@
 
 Each process (a "rank") takes every N-th problem of a step with its whole group of answers,
 samples, verifies, and trains on it. Token counts and gradients are summed over all ranks, so N
-processes make the step that one would make. With one process every function here hands back what
-it was given.
+processes make the step that one would make. Each reads the whole model into the host's memory
+before it keeps its part.
 """
 import contextlib
+import io
 import os
+import sys
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 
 @contextlib.contextmanager
@@ -26,13 +27,10 @@ def process_group():
     local_rank = int(os.environ["LOCAL_RANK"])
     if local_rank < torch.cuda.device_count():
         torch.cuda.set_device(local_rank)
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    heard = sys.stdout if rank() == 0 else io.StringIO()
     try:
-        with contextlib.ExitStack() as stack:
-            if rank() > 0:
-                nowhere = stack.enter_context(open(os.devnull, "w"))
-                stack.enter_context(contextlib.redirect_stdout(nowhere))
+        with contextlib.redirect_stdout(heard):
             yield
         dist.barrier()
     finally:
@@ -70,19 +68,15 @@ def everyone(x) -> list:
     return found
 
 
-def shard(root, blocks, device, dtype, float32_parts=()) -> None:
-    """Splits a module's weights over the ranks: trained ones in float32, compute in dtype.
+def shard(root, blocks, device, dtype) -> None:
+    """Splits a module's weights over the ranks; it computes in dtype, gradients are float32.
 
     blocks: submodules that are gathered one by one when they run; the rest is gathered together.
-    float32_parts: submodules that compute in float32. Gradients are summed, not averaged.
+    Gradients are summed, not averaged.
     """
     mesh = init_device_mesh(device.type, (size(),))
-    for module in [*float32_parts, *blocks, root]:
-        for weight in module.parameters():
-            if weight.requires_grad and not isinstance(weight, DTensor):
-                weight.data = weight.data.float()
-        compute = torch.float32 if module in float32_parts else dtype
-        policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for module in [*blocks, root]:
         fully_shard(module, mesh=mesh, mp_policy=policy)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)

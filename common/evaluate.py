@@ -28,10 +28,8 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     """Chance that k answers, drawn without replacement from n of which c are right, hold a right
     one: 1 - C(n-c, k) / C(n, k), unbiased (Chen et al. 2021, arXiv 2107.03374).
 
-    ValueError unless 0 <= c <= n and 1 <= k <= n.
+    ValueError if c > n, ZeroDivisionError if k > n.
     """
-    if not (0 <= c <= n and 1 <= k <= n):
-        raise ValueError(f"pass_at_k: need 0 <= c <= n and 1 <= k <= n, got {n=}, {c=}, {k=}")
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
@@ -52,50 +50,50 @@ def evaluate(model, tokenizer, rows: list[dict], reward, k: int, max_new_tokens:
     lengths, finished, rewards.
     """
     answers = []
-    batches = range(0, len(rows), 64)
-    for start in tqdm(batches, "evaluating", leave=False, disable=rank() > 0):
+    for start in tqdm(range(0, len(rows), 64), "evaluating", leave=False, disable=rank() > 0):
         batch = rows[start:start + 64]
-        padded = batch + batch[-1:] * (-len(batch) % size())  # each rank needs as many
-        mine = share(padded)
+        padding = batch[-1:] * (-len(batch) % size())  # each rank needs as many
+        mine = share(batch + padding)
         prompts = [encode_prompt(tokenizer, row["problem"], system) for row in mine]
         rollout = sample(
             model, tokenizer, prompts, k, max_new_tokens, temperature, top_p, seed=seed + start)
-        found = [rate(row, rollout, i * k, (i + 1) * k, reward) for i, row in enumerate(mine)]
+        found = []
+        for i, row in enumerate(mine):
+            group = slice(i * k, (i + 1) * k)
+            found.append(rate(row, rollout, group, reward))
         for of_ranks in zip(*everyone(found), strict=True):
             answers += of_ranks
         del answers[start + len(batch):]
-    means = [statistics.fmean(row["rewards"]) for row in answers]
-    average, error = mean_and_error(means)
+    by_problem = [statistics.fmean(row["rewards"]) for row in answers]
+    average, error = mean_and_error(by_problem)
     right = [sum(reward >= 1 for reward in row["rewards"]) for row in answers]
     pass_at = {}
     for j in range(1, k + 1):
         pass_at[j] = statistics.fmean(pass_at_k(k, c, j) for c in right)
-    finished = [ended for row in answers for ended in row["finished"]]
     return {
         "avg_at_k": average,
         "standard_error": error,
         "k": k,
         "problems": len(rows),
-        "by_problem": means,
+        "by_problem": by_problem,
         "pass_at": pass_at,
-        "length": statistics.fmean(n for row in answers for n in row["lengths"]),
-        "truncated": 1 - statistics.fmean(finished),
+        "length": statistics.fmean(statistics.fmean(row["lengths"]) for row in answers),
+        "truncated": 1 - statistics.fmean(statistics.fmean(row["finished"]) for row in answers),
         "answers": answers,
     }
 
 
-def rate(row: dict, rollout, start: int, end: int, reward) -> dict:
-    """A problem's answers, rows start to end of a rollout, with their rewards."""
-    texts = rollout.texts[start:end]
-    finished = rollout.finished[start:end].tolist()
-    rewards = []
-    for text, ended in zip(texts, finished, strict=True):
-        rewards.append(float(reward(text, row)) if ended else 0.0)
+def rate(row: dict, rollout, group: slice, reward) -> dict:
+    """A problem's answers, those rows of a rollout, with their rewards."""
+    texts = rollout.texts[group]
+    finished = rollout.finished[group].tolist()
+    rewards = [float(reward(text, row)) if ended else 0.0
+               for text, ended in zip(texts, finished, strict=True)]
     return {
         "problem": row["problem"],
         "answer": row["answer"],
         "responses": texts,
-        "lengths": rollout.lengths[start:end].tolist(),
+        "lengths": rollout.lengths[group].tolist(),
         "finished": finished,
         "rewards": rewards,
     }
@@ -109,7 +107,8 @@ def describe(result: dict) -> str:
             f"{result['truncated']:.0%} truncated   ({result['problems']} problems)")
 
 
-def reward(text: str, row: dict) -> float:
+def verified(text: str, row: dict) -> float:
+    """1.0 if the answer is the gold, else 0.0."""
     return verify(text, row["answer"])
 
 
@@ -143,7 +142,7 @@ def main(argv=None):
         raise BadInput(f"--output {args.output}: exists already")
     if args.output and not pathlib.Path(args.output).parent.is_dir():
         raise BadInput(f"--output {args.output}: its folder does not exist")
-    reward_of = load_reward(args.reward) if args.reward else reward
+    reward_of = load_reward(args.reward) if args.reward else verified
     tokenizer = load_tokenizer(args.model)
     model = load_model(args, trained=False)
     rows = load_problems(args.data, "test", True, args.seed, args.problems)

@@ -42,15 +42,22 @@ def flag(default, help, low=None, high=None, above=None, choices=None, kind=None
 
 
 def in_range(kind, low, high, above, text):
-    """A flag's text as a str, int or float. Raises for a number that is out of range."""
-    value = kind(text)
-    if kind is not str:
-        for bound, holds in ((f"at least {low}", low is None or value >= low),
-                             (f"at most {high}", high is None or value <= high),
-                             (f"above {above}", above is None or value > above),
-                             ("finite", math.isfinite(value))):
-            if not holds:
-                raise argparse.ArgumentTypeError(f"{text}: must be {bound}")
+    """A flag's text as a str, int or float. Raises for what is no such number or out of range."""
+    try:
+        value = kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: must be of type {kind.__name__}") from None
+    wrong = None
+    if kind is float and not math.isfinite(value):
+        wrong = "finite"
+    elif low is not None and value < low:
+        wrong = f"at least {low}"
+    elif high is not None and value > high:
+        wrong = f"at most {high}"
+    elif above is not None and value <= above:
+        wrong = f"above {above}"
+    if wrong:
+        raise argparse.ArgumentTypeError(f"{text}: must be {wrong}")
     return value
 
 
@@ -173,12 +180,13 @@ def exit_on_bad_input(main):
         except KeyboardInterrupt:
             print("\ninterrupted; --resume goes on from the last checkpoint", file=sys.stderr)
             raise SystemExit(130) from None
-        except (BadInput, OSError, SafetensorError, MemoryError, RuntimeError) as error:
+        except (BadInput, OSError, SafetensorError, dist.DistError) as error:
             reason = str(error) or type(error).__name__
-            if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in reason:
-                reason = "out of memory: lower --micro-batch-tokens or --group-size, then --resume"
-            elif type(error) is RuntimeError:
+        except (MemoryError, RuntimeError) as error:
+            on_cpu = "DefaultCPUAllocator" in str(error)
+            if not on_cpu and not isinstance(error, (MemoryError, torch.OutOfMemoryError)):
                 raise  # a bug
-            tqdm.write(f"error: {reason.splitlines()[0]}", file=sys.stderr)  # not behind a bar
-            raise SystemExit(2) from None
+            reason = "out of memory: lower --micro-batch-tokens or --group-size, then --resume"
+        tqdm.write(f"error: {reason.splitlines()[0]}", file=sys.stderr)  # not behind a bar
+        raise SystemExit(2)
     return wrapped

@@ -84,9 +84,10 @@ def response_logprobs(model, rollout, temperature: float = 1.0, trunk=None) -> t
 def old_logprobs(model, rollout, rows, budget: int, temperature: float = 1.0, trunk=None):
     """response_logprobs without gradient, a micro-batch at a time -> (B, T), 0 but in `rows`."""
     logp = torch.zeros_like(rollout.mask)                                       # (B, T)
-    for part in micro_batches(rollout, rows, budget):
-        batch = rollout[part]                                                   # b answers
-        logp[part] = response_logprobs(model, batch, temperature, trunk)        # (b, T)
+    with gathered(causal_lm(model)):  # no backward pass follows that would split it again
+        for part in micro_batches(rollout, rows, budget):
+            batch = rollout[part]                                               # b answers
+            logp[part] = response_logprobs(model, batch, temperature, trunk)    # (b, T)
     return logp
 
 
@@ -97,15 +98,13 @@ def micro_batches(rollout, rows: torch.Tensor, budget: int):
     Sorted by length, so that a part has little padding; a longer row is a part of its own. Ranks
     compute together, so one that has fewer parts gets empty ones.
     """
+    lengths = rollout.lengths.tolist()
     sizes = {}
     for row in rows.tolist():
-        prompt = rollout.prompts[row]
-        length = int(rollout.lengths[row])
-        sizes[row] = len(prompt) + length
-    longest_first = sorted(sizes, key=lambda row: (-sizes[row], row))
+        sizes[row] = len(rollout.prompts[row]) + lengths[row]
     parts = []
     width = 0
-    for row in longest_first:
+    for row in sorted(sizes, key=sizes.get, reverse=True):
         if not parts or (len(parts[-1]) + 1) * width > budget:
             parts.append([])
             width = sizes[row]
@@ -115,10 +114,8 @@ def micro_batches(rollout, rows: torch.Tensor, budget: int):
         parts.append([])
     batches = []
     for part in parts:
-        batch = torch.tensor(part, dtype=torch.long, device=rows.device)
-        batches.append(batch)
-    quiet = rank() > 0
-    return tqdm(batches, "micro-batches", delay=5, leave=False, disable=quiet)
+        batches.append(rows.new_tensor(part))
+    return tqdm(batches, "micro-batches", delay=5, leave=False, disable=rank() > 0)
 
 
 def largest_gap(logp: torch.Tensor, rollout) -> float:

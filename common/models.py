@@ -10,7 +10,7 @@ import warnings
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from common.distributed import shard, size
@@ -106,15 +106,15 @@ def load_model(args, trained: bool = True, name: str | None = None, split: bool 
                        f"files, {missing[0]} for one")
     lm = causal_lm(model)
     no_dropout(lm)
-    make_savable(model)
+    model.generation_config.do_sample = True  # without it transformers saves no temperature
     lm.compute_dtype = compute
     model.requires_grad_(trained)
     small = lm.config.hidden_size <= SMALL
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        spare = max(1, os.cpu_count() - 1)  # all cores crawl where another program holds one
-        torch.set_num_threads(1 if small else spare)  # tests/benchmarks/threads.py
+        spare = min(torch.get_num_threads(), max(1, os.cpu_count() - 1))
+        torch.set_num_threads(1 if small else spare)  # all crawl where a program holds one core
     if trained and not small:
-        enable_recomputing(model)
+        model.activation_checkpointing_enable({"use_reentrant": False})
     if size() == 1:
         model.to(device)
     if adapters:
@@ -146,24 +146,6 @@ def no_dropout(model) -> None:
                 setattr(module, name, 0.0)
 
 
-def make_savable(model) -> None:
-    """Some are published with a temperature and no do_sample, which transformers does not save."""
-    config = model.generation_config
-    try:
-        config.validate(strict=True)
-    except ValueError:
-        names = ("bos_token_id", "eos_token_id", "pad_token_id", "temperature", "top_p", "top_k")
-        kept = {name: getattr(config, name) for name in names}
-        model.generation_config = GenerationConfig(do_sample=True, **kept)
-
-
-def enable_recomputing(model) -> None:
-    """Blocks are computed again in the backward pass instead of being kept."""
-    enable = getattr(model, "activation_checkpointing_enable", None)  # its name from 5.2x on
-    enable = enable or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-
-
 def add_adapters(model, rank: int):
     """Low-rank adapters (peft) on all linear maps of the blocks; only they are trained."""
     from peft import LoraConfig, get_peft_model  # slow to import
@@ -186,18 +168,18 @@ def autocast(model):
 
 
 def reference_model(args, model):
-    """The model a run started from, as `with reference() as initial:`; for a KL.
+    """The model a run started from, for a KL, to be used inside `with adapters_off(reference):`.
 
-    With adapters it is the model with them switched off, and costs nothing.
+    With adapters it is the model itself without them, and costs nothing.
     """
+    return model if hasattr(model, "disable_adapter") else load_model(args, trained=False)
+
+
+def adapters_off(model):
+    """`with adapters_off(model):` it is its own base, if it has adapters."""
     if hasattr(model, "disable_adapter"):
-        @contextlib.contextmanager
-        def without_adapters():
-            with model.disable_adapter():
-                yield model
-        return without_adapters
-    frozen = load_model(args, trained=False)
-    return lambda: contextlib.nullcontext(frozen)
+        return model.disable_adapter()
+    return contextlib.nullcontext()
 
 
 def stop_ids(model, tokenizer) -> list[int]:
@@ -265,7 +247,7 @@ def row_bytes(model, tokens: int) -> int:
 
 def rows_at_once(model, tokens: int) -> int:
     """How many answers are sampled at once: at most 512, and in 60 % of the memory that is free."""
-    free = 13 << 30  # on a CPU: no more than 8 GiB
+    free = (8 << 30) / 0.6  # on a CPU: no more than 8 GiB
     device = causal_lm(model).device
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]

@@ -8,9 +8,9 @@
     run.finish()                                               # evaluates again, saves the model
 
 Nothing random is kept between steps: data order and answers follow from (seed, step). So a
-checkpoint is weights, optimiser and a step number, and a resumed run ends with the very weights of
-an uninterrupted one. Files are written beside their place and renamed into it: whatever moment a
-run dies at, what has its final name is whole.
+checkpoint is weights, optimiser and a step number, and on a CPU a resumed run ends with the very
+weights of an uninterrupted one. Configuration, summary and checkpoint are written beside their
+place and renamed into it, so they are whole whatever moment a run dies at.
 """
 import json
 import math
@@ -66,7 +66,7 @@ class Run:
             raise BadInput(f"--output {self.folder}: holds something already; take another folder, "
                            f"or --resume {self.folder}")
         updates = size() * getattr(args, "updates_per_rollout", 1)
-        if getattr(args, "prompts_per_step", updates) % updates:
+        if hasattr(args, "prompts_per_step") and args.prompts_per_step % updates:
             raise BadInput(f"--prompts-per-step {args.prompts_per_step}: must be divisible by "
                            f"--updates-per-rollout x processes, {updates}")
         if args.track:
@@ -88,14 +88,16 @@ class Run:
         config = read_config(self.folder)
         if config["script"] != self.name:
             raise BadInput(f"--resume {self.folder}: a run of {config['script']}.py")
-        for name in ("model", "data", "eval_data", "eval_problems", "seed", "lora_rank"):
-            had, now = config["flags"].get(name), getattr(self.args, name)
+        for name in ("model", "seed", "lora_rank", "layer"):
+            had, now = config["flags"].get(name), getattr(self.args, name, None)
             if had != now:
                 raise BadInput(f"--{name.replace('_', '-')} {now}: the run in {self.folder} has "
                                f"{had}, and keeps it")
         summary = self.folder / "summary.json"
         if summary.exists():
             self.summary = read_json(summary.read_text(encoding="utf-8"), summary)
+        elif (self.folder / "checkpoint.pt").exists():
+            raise BadInput(f"--resume {self.folder}: summary.json is lost")
         return config
 
     def describe(self) -> None:
@@ -129,9 +131,9 @@ class Run:
 
     def make_folder(self) -> None:
         """Makes the folder, unless it is there, and writes config.json. begin() does this too."""
-        if self.made or self.args.resume:
+        if self.made:
             return
-        if rank() == 0:
+        if rank() == 0 and not self.args.resume:
             self.folder = new_folder(self.folder, self.args.output is not None)
         self.folder = pathlib.Path(everyone(str(self.folder))[0])
         self.made = True
@@ -139,12 +141,14 @@ class Run:
                     "python": platform.python_version()}
         config = {
             "script": self.name,
-            "flags": {**vars(self.args), "output": str(self.folder)},
+            "flags": {**vars(self.args), "output": str(self.folder), "resume": None},
             "command": sys.argv,
             "data": self.data,
             "device": str(causal_lm(self.model).device),
             "commit": commit(),
             "versions": versions}
+        if self.args.resume:
+            config = {**self.resumed, "flags": config["flags"]}
         self.write("config.json", json.dumps(config, indent=1))
 
     def begin(self, **parts) -> int:
@@ -171,7 +175,7 @@ class Run:
             self.track = tracker(self.args.track, self.name, flags)
         self.bar = tqdm(total=self.args.steps, initial=first, desc=self.name, unit="step",
                         dynamic_ncols=True, disable=rank() > 0)
-        self.started = self.lap_started = time.perf_counter()
+        self.lap_started = time.perf_counter()
         return first
 
     def read_rows(self, name: str, step: int) -> list[dict]:
@@ -255,21 +259,24 @@ class Run:
 
     def warn(self, row: dict) -> None:
         """Says once what a row shows to be wrong."""
+        notes = []
+        if row.get("truncated", 0) > 0.5:
+            notes.append("over half of the answers are cut off at --max-new-tokens, which is "
+                         "wrong: raise it")
+        if row.get("no_signal", 0) > 0.8:
+            notes.append("over 80 % of the groups are all right or all wrong, nothing to learn "
+                         "from: other problems, or larger groups")
+        if "reward" in row and row["entropy"] < 0.1 * self.rows[0].get("entropy", 0.0):
+            notes.append("the entropy is below a tenth of its start, answers will soon be all "
+                         "alike: lower --lr")
         exact = causal_lm(self.model).compute_dtype == torch.float32
-        gap = 0.1 if exact else 1.0
-        first = self.rows[0].get("entropy", 0.0)
-        fallen = "reward" in row and row["entropy"] < 0.1 * first
-        for seen, note in (
-                (row.get("truncated", 0) > 0.5, "over half of the answers are cut off at "
-                 "--max-new-tokens, which is wrong: raise it"),
-                (row.get("no_signal", 0) > 0.8, "over 80 % of the groups are all right or all "
-                 "wrong, nothing to learn from: other problems, or larger groups"),
-                (fallen, "the entropy is below a tenth of its start, answers will soon be all "
-                 "alike: lower --lr"),
-                (row.get("gap_max", 0) > gap, f"sampler and trainer differ by over {gap} nats on a "
-                 "token: what is trained is not what was sampled"),
-                (row.get("skipped", 0) > 0, "a gradient was not finite, its update was left out")):
-            if seen and note not in self.warned:
+        if row.get("gap_max", 0) > (0.1 if exact else 1.0):
+            notes.append("sampler and trainer differ by over 0.1 nats on a token (in bfloat16: "
+                         "1): what is trained is not what was sampled")
+        if row.get("skipped", 0) > 0:
+            notes.append("a gradient was not finite, its update was left out")
+        for note in notes:
+            if note not in self.warned:
                 self.warned.add(note)
                 tqdm.write(f"note: step {row['step']}: {note}")
 
@@ -309,7 +316,8 @@ class Run:
         """Saves the model, evaluates, prints some answers and places -> what measure() gave."""
         result = None
         self.bar.close()
-        self.summary["seconds"] = round(time.perf_counter() - self.started, 1)
+        seconds = [row[key] for row in self.rows for key in row if key.startswith("seconds_")]
+        self.summary["seconds"] = round(sum(seconds), 1)
         base = None
         if self.args.merge:
             base = partial(load_model, self.args, trained=False, split=False)
@@ -374,11 +382,14 @@ def commit() -> str | None:
 def new_folder(place: pathlib.Path, exact: bool) -> pathlib.Path:
     """Makes a folder and no other run's: the place itself if exact, else place, place-2, ..."""
     place.parent.mkdir(parents=True, exist_ok=True)
+    if exact:
+        place.mkdir(exist_ok=True)
+        return place
     number = 1
     folder = place
     while True:
         try:
-            folder.mkdir(exist_ok=exact)
+            folder.mkdir()
             return folder
         except FileExistsError:
             number += 1

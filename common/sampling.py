@@ -6,9 +6,10 @@
 Axes: P prompts, B = P * n answers (row p * n + g is answer g to prompt p), R rows that are still
 running, S prompt and answer tokens, T answer tokens, V vocabulary.
 
-Each token of each answer has a random number of its own, so an answer depends on (seed, row) and
-the model alone: not on which rows are decoded together, nor on the number of processes. logp is
-that of the full softmax at the sampling temperature, which training computes again.
+Each token of each answer has a random number of its own, so up to rounding an answer depends on
+(seed, row), n, max_new_tokens and the model alone: not on which rows are decoded together, nor on
+the number of processes. logp is that of the full softmax at the sampling temperature, which
+training computes again.
 """
 from dataclasses import dataclass
 
@@ -27,11 +28,16 @@ class Rollout:
     prompts: list[list[int]]   # B lists of token ids
     tokens: torch.Tensor       # (B, T) answer ids, the stop token included, 0 behind it
     lengths: torch.Tensor      # (B,)   tokens of each answer
-    mask: torch.Tensor         # (B, T) 1.0 inside the answer; from lengths, never from ids
     logp: torch.Tensor         # (B, T) log-probs of the tokens when they were drawn, nats
     entropy: torch.Tensor      # (B, T) of the distributions they were drawn from, nats
     finished: torch.Tensor     # (B,)   False: cut off at max_new_tokens
     texts: list[str]           # B decoded answers, special tokens left out
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """(B, T), 1.0 on an answer's tokens, the stop token included; by length, never by ids."""
+        place = torch.arange(self.tokens.shape[1], device=self.tokens.device)    # (T,)
+        return (place < self.lengths[:, None]).float()
 
     def __getitem__(self, rows: torch.Tensor) -> "Rollout":
         """The rows with these numbers (b,). T stays, so they line up with the whole rollout."""
@@ -72,12 +78,11 @@ def sample(model, tokenizer, prompts: list[list[int]], n: int, max_new_tokens: i
     noise = noise[mine::ranks].flatten(0, 1)                                      # (B, T)
     owner = torch.arange(len(prompts)).repeat_interleave(n)                       # (B,)
 
-    # As many rows at once as fit in memory.
     longest = max(len(prompt) for prompt in prompts) + max_new_tokens
-    max_rows = max_rows or rows_at_once(model, longest)
     stop = torch.tensor(stop_ids(lm, tokenizer), device=lm.device)
     pieces = []
     with gathered(lm), autocast(model):
+        max_rows = max_rows or rows_at_once(model, longest)  # as many as fit in memory
         for rows in torch.arange(len(owner)).split(max_rows):
             prompt = owner[rows]
             first = int(prompt[0])
@@ -94,8 +99,6 @@ def sample(model, tokenizer, prompts: list[list[int]], n: int, max_new_tokens: i
 
     tokens, logp, entropy, lengths, finished = map(torch.cat, zip(*pieces, strict=True))
     T = int(lengths.max())
-    place = torch.arange(T, device=lm.device)                                     # (T,)
-    mask = (place < lengths[:, None]).float()                                     # (B, T)
     answers = []
     for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True):
         answers.append(row[:length])
@@ -103,7 +106,6 @@ def sample(model, tokenizer, prompts: list[list[int]], n: int, max_new_tokens: i
         prompts=[prompts[i] for i in owner.tolist()],
         tokens=tokens[:, :T],
         lengths=lengths,
-        mask=mask,
         logp=logp[:, :T],
         entropy=entropy[:, :T],
         finished=finished,
@@ -208,8 +210,8 @@ def keep_top_p(logp: torch.Tensor, top_p: float) -> torch.Tensor:
     ordered, order = logp.sort(dim=-1, descending=True)
     probs = ordered.exp()                                                                  # (R, V)
     before = probs.cumsum(-1) - probs         # the token that crosses the line stays in   # (R, V)
-    outside = before >= top_p                                                              # (R, V)
-    outside = outside.scatter(-1, order, outside)
+    too_far = before >= top_p                                                              # (R, V)
+    outside = too_far.scatter(-1, order, too_far)              # back in the vocabulary's order
     return logp.masked_fill(outside, -torch.inf)
 
 
@@ -220,16 +222,14 @@ def join(prompts: list[list[int]], tokens: torch.Tensor, lengths: torch.Tensor):
     the states that predict the answers' tokens, row after row. No row at all becomes one of a
     single token that predicts nothing.
     """
-    rows = [tokens.new_zeros(1)]
-    inside = [tokens.new_zeros(1)]
+    if not prompts:
+        return tokens.new_zeros(1, 1), tokens.new_zeros(1, 1, dtype=torch.bool)
+    rows = []
     for prompt, answer, length in zip(prompts, tokens, lengths.tolist(), strict=True):
-        asked = tokens.new_tensor(prompt)
-        row = torch.cat([asked, answer[:length]])                                # (S,)
-        is_answer = torch.zeros_like(row)                                        # (S,)
-        is_answer[len(prompt):] = 1
-        rows.append(row)
-        inside.append(is_answer.roll(-1))
-    start = 1 if prompts else 0
-    ids = pad_sequence(rows[start:], batch_first=True)                           # (B, S)
-    predicts = pad_sequence(inside[start:], batch_first=True)                    # (B, S)
-    return ids, predicts.bool()
+        rows.append(torch.cat([tokens.new_tensor(prompt), answer[:length]]))
+    ids = pad_sequence(rows, batch_first=True)                                   # (B, S)
+    start = lengths.new_tensor([len(prompt) for prompt in prompts])[:, None]     # (B, 1)
+    end = start + lengths[:, None]                                               # (B, 1)
+    following = torch.arange(ids.shape[1], device=ids.device) + 1                # (S,)
+    predicts = (start <= following) & (following < end)                          # (B, S)
+    return ids, predicts

@@ -43,7 +43,7 @@ def rollout_of(prompts, lengths, T=6):
     mask = (torch.arange(T) < lengths[:, None]).float()
     texts = [""] * len(prompts)
     nothing = torch.zeros_like(mask)
-    return Rollout(prompts, tokens * mask.long(), lengths, mask, nothing, nothing, lengths > 0,
+    return Rollout(prompts, tokens * mask.long(), lengths, nothing, nothing, lengths > 0,
                    texts)
 
 

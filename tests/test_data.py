@@ -19,7 +19,6 @@ from common.data import (
     load_problems,
     load_train_and_eval,
     read_rows,
-    with_options,
 )
 from common.evaluate import pass_at_k
 from common.flags import BadInput
@@ -32,9 +31,9 @@ TWO_ROWS = [{"problem": "a", "answer": "1"}, {"problem": "b", "answer": "2"}]
 
 def write(path, rows):
     """Rows into a file of the kind that its name says."""
-    if path.suffix.lower() == ".parquet":
+    if path.suffix == ".parquet":
         datasets.Dataset.from_list(rows).to_parquet(path)
-    elif path.suffix.lower() == ".json":
+    elif path.suffix == ".json":
         path.write_text(json.dumps(rows))
     else:
         path.write_text("".join(json.dumps(row) + "\n\n" for row in rows))
@@ -52,9 +51,9 @@ def write(path, rows):
     ({"Problem": "1+1?", "Answer": 2}, "1+1?", "2"),                        # capitals, numbers
     ({"data_source": "x", "prompt": CHAT, "reward_model": {"ground_truth": "2", "style": "rule"}},
      CHAT, "2"),                                                            # DAPO-Math-17k
-    ({"prompt": CHAT, "reward_model": '{"ground_truth": "[\\"2\\"]", "style": "rule"}'}, CHAT, "2"),
+    ({"question": "1+1?", "final_answer": ["2"], "error": None}, "1+1?", "2"),  # OlympiadBench
 ])
-@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "JSONL"])
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
 def test_schemas(row, problem, answer, kind, tmp_path, capsys):
     """Problem and answer are found, and every column of the data stays in the row."""
     got = load_problems(write(tmp_path / f"data.{kind}", [row]))
@@ -70,20 +69,12 @@ def test_schemas(row, problem, answer, kind, tmp_path, capsys):
     ("rows.json", '\n {"problem": "a", "answer": "1"}\n{"problem": "b", "answer": "2"}\n'),
     ("rows.json", json.dumps(TWO_ROWS)),
     ("rows.json", "\ufeff" + json.dumps(TWO_ROWS, indent=2)),
-    ("rows.json", json.dumps({"version": 1, "data": TWO_ROWS})),
-    ("rows.JSON", json.dumps({"version": 1, "data": TWO_ROWS}, indent=2)),
-    ("rows.jsonl", json.dumps({"data": TWO_ROWS}) + "\n"),
+    ("rows.jsonl", "\n" + json.dumps(TWO_ROWS, indent=2)),
 ])
 def test_files(name, text, tmp_path):
     path = tmp_path / name
     path.write_bytes(text.encode())
     assert list(read_rows(str(path), "train")) == TWO_ROWS
-
-
-def test_one_row_over_many_lines(tmp_path):
-    path = tmp_path / "rows.json"
-    path.write_text(json.dumps(TWO_ROWS[0], indent=2))
-    assert read_rows(str(path), "train") == TWO_ROWS[:1]
 
 
 def test_other_line_ends_are_text(tmp_path):
@@ -94,25 +85,27 @@ def test_other_line_ends_are_text(tmp_path):
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("missing.jsonl", None, "no such file"),
+    ("missing.jsonl", None, "cannot be read, .*No such file"),
+    ("missing.parquet", None, "cannot be read, .*No such file"),
     ("empty.jsonl", b"", "no rows"),
-    ("blank.json", b" \n\n", "no rows|not JSON"),
+    ("blank.json", b" \n\n", "no rows"),
     ("none.json", b"[]", "no rows"),
-    ("none.json", b'{"data": []}', "no rows"),
     ("broken.jsonl", b'{"problem": "a"}\n\n\n{"problem": "b"\n{"problem": "c"}',
-     "not JSON, line 4: "),
-    ("broken.json", b'{"problem": "a"}\n{"problem": "b"', "not JSON, line 2: "),
-    ("broken.json", b'[\n{"problem": "a"},\n{"problem" "b"}\n]', "not JSON, line 3: "),
-    ("latin.jsonl", b'{"problem": "\xe9"}', "UTF-8"),
-    ("deep.jsonl", b"[" * 100_000, "cannot be read|not JSON"),
+     "line 4 is not JSON: "),
+    ("broken.json", b'{"problem": "a"}\n{"problem": "b"', "line 2 is not JSON: "),
+    ("object.json", b'{\n"problem": "a",\n"answer": "1"\n}', "line 1 is not JSON: "),
+    ("broken.json", b'[\n{"problem": "a"},\n{"problem" "b"}\n]', "line 3 is not JSON: "),
+    ("latin.jsonl", b'{"problem": "\xe9"}', "cannot be read, 'utf-8'"),
+    ("deep.jsonl", b"[" * 100_000, "cannot be read"),
+    ("deep.json", b'{"a":' * 100_000, "cannot be read"),
     ("list.jsonl", b"[1, 2]\n", "every row must be an object"),
     ("number.json", b"5", "every row must be an object"),
-    ("data.json", b'{"data": [1, {}]}', "every row must be an object"),
     ("mixed.jsonl", b'{"problem": "a"}\n5\n', "every row must be an object"),
+    ("data.json", b'{"data": [{"problem": "a", "answer": "1"}]}', "no column is named problem"),
     ("broken.parquet", b"PAR1 and no more", "cannot be read"),
     ("columns.jsonl", b'{"text": "a", "label": "b"}',
-     "no column with the problem; the data has text, label; rename one to problem or question"),
-    ("answer.jsonl", b'{"problem": "a", "label": "b"}', "no column with the gold answer"),
+     "no column is named problem or question or prompt or query; the data has text, label"),
+    ("answer.jsonl", b'{"problem": "a", "label": "b"}', "no column is named answer or "),
     ("gold.jsonl", b'{"problem": "a", "answer": ""}', "usable answer"),
     ("nonsense", None, "hub id"),
     ("rows.csv", b"problem,answer\n", "hub id"),
@@ -150,7 +143,7 @@ def test_a_hub_set_that_is_not_there(monkeypatch):
         raise ValueError("no such config\nand much more")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(BadInput, match=r"^--eval-data a/b:c: cannot be read, no such config$"):
+    with pytest.raises(BadInput, match=r"^--eval-data a/b:c: cannot be read, no such config"):
         read_rows("a/b:c", "test", "--eval-data")
 
 
@@ -161,7 +154,7 @@ def test_columns_of_any_of_the_first_rows(tmp_path):
     got = load_problems(write(tmp_path / "rows.jsonl", rows))
     assert got == [{"problem": "p99", "answer": "7"}]
     rows[100]["answer"] = rows[99].pop("answer")
-    with pytest.raises(BadInput, match="gold answer"):
+    with pytest.raises(BadInput, match="no column is named answer .*; the data has problem$"):
         load_problems(write(tmp_path / "rows.jsonl", rows))
 
 
@@ -194,19 +187,16 @@ def test_order_and_count_follow_the_seed(tmp_path):
 
 
 @pytest.mark.parametrize("cell, answer", [
-    ("a\n#### 5", "5"), ("1 #### 2 #### 3", "3"), ("####", None),
+    ("a\n#### 5", "5"), ("1 #### 2 #### 3", "3"), ("####", None), ("#### \\boxed{5}", "5"),
     ("so \\boxed{3} and \\boxed{4}", "3, 4"), ("\\fbox{6}", "6"), ("\\boxed{", None),
-    ("#### \\boxed{5}", "\\boxed{5}"),
     ({"ground_truth": "7"}, "7"), ({"ground_truth": ["7"]}, "7"), ({"ground_truth": None}, None),
-    ({"ground_truth": {"ground_truth": 7}}, "7"), ({"answer": "7"}, None),
-    ('{"ground_truth": "7", "style": "rule"}', "7"), ('{"ground_truth": 7}', "7"),
-    (["8"], "8"), ([8], "8"), (("8",), "8"), ([["8"]], "8"), ([], None), ([1, 2], None),
-    ('["8"]', "8"), (" [8] ", "8"),
+    ({"ground_truth": 7}, "7"), ({"answer": "7"}, None), ({"ground_truth": {"x": 1}}, None),
+    ('{"ground_truth": "7", "style": "rule"}', "7"), ('{"x": 1}', None), ('{"half', None),
+    ('["8"]', "8"), (b'["12"]', "12"), ('["' * 100_000, None),
+    (["8"], "8"), ([8], "8"), ([["8"]], None), ([], None), ([1, 2], None), ([{"x": 1}], None),
     ("[1, 2]", "[1, 2]"), ("[0, 1)", "[0, 1)"), ("(0, 1]", "(0, 1]"), ("{1, 2}", "{1, 2}"),
-    ("[]", "[]"),
-    (b"12", "12"), (b'["12"]', "12"),
     (9, "9"), (0, "0"), (0.5, "0.5"), (True, "True"), (False, "False"),
-    (None, None), (math.nan, None), (" 1 ", "1"), ("", None), ("  ", None),
+    (None, None), (math.nan, None), (b"12", "12"), (" 1 ", "1"), ("", None), ("  ", None),
     ("\\frac{1}{2}", "\\frac{1}{2}"),
 ])
 def test_gold_answer(cell, answer):
@@ -220,36 +210,20 @@ def test_null_and_nan_in_a_file(tmp_path):
     assert [(row["problem"], row["answer"]) for row in load_problems(str(path))] == [("c", "2.5")]
 
 
-ASKED = "Q?\n\n(A) 3\n(B) 4\n(C) five\n\nAnswer with the letter of the right option."
-
-
-@pytest.mark.parametrize("row, answer", [
-    ({"question": "Q?", "choices": ["3", "4", "five"], "answer": 1}, "B"),                # MMLU
-    ({"question": "Q?", "options": ["3", "4", "five"], "answer": "C", "answer_index": 2}, "C"),
-    ({"question": "Q?", "options": ["3", "4", "five"], "answer": "A"}, "A"),              # MMLU-Pro
-])
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_multiple_choice(row, answer, kind, tmp_path):
-    """Lettered options go into the problem; the gold is a letter."""
-    [got] = load_problems(write(tmp_path / f"rows.{kind}", [row]))
-    assert got == {**row, "problem": ASKED, "answer": answer}
-
-
-@pytest.mark.parametrize("row, answer", [
-    ({"choices": ["3", "4"]}, "4"),             # the gold names no option by letter or number
-    ({"choices": ["3", "4"]}, 2), ({"choices": ["3", "4"]}, -1), ({"choices": ["3", "4"]}, "C"),
-    ({"choices": ["3"]}, 0), ({"choices": "34"}, 0), ({"options": [str(i) for i in range(11)]}, 0),
-    ({}, 0), ({"options": None}, "A"),
-])
-def test_other_questions_stay_as_they_are(row, answer):
-    assert with_options(row, "Q?", answer) == ("Q?", answer)
+@pytest.mark.parametrize("name", ["choices", "options"])
+def test_multiple_choice_is_dropped(name, tmp_path, capsys):
+    """Its question lacks the options, and a gold of 1 means the second of them."""
+    rows = [{"question": "Q?", name: ["3", "4"], "answer": 1},
+            {"question": "1+1?", name: [], "answer": 2}, {"question": "1+2?", "answer": 3}]
+    got = load_problems(write(tmp_path / "rows.jsonl", rows))
+    assert sorted(row["answer"] for row in got) == ["2", "3"]
+    assert "3 rows, 1 dropped" in capsys.readouterr().out
 
 
 def test_solve_by_hand():
     """17+4*6-9: 4*6=24, 17+24=41, 41-9=32. 20-5+3: from the left, 15 then 18."""
-    steps = [(4, "*", 6, 24), (17, "+", 24, 41), (41, "-", 9, 32)]
-    assert solve([17, 4, 6, 9], list("+*-")) == steps
-    assert solve([20, 5, 3], list("-+")) == [(20, "-", 5, 15), (15, "+", 3, 18)]
+    assert solve([17, 4, 6, 9], list("+*-")) == [24, 41, 32]
+    assert solve([20, 5, 3], list("-+")) == [15, 18]
 
 
 def value_of(expression: str) -> int:
@@ -269,7 +243,7 @@ def test_arithmetic_problems():
         expression = problem.removeprefix("Compute ").removesuffix(".")
         pairs = zip(numbers, [*operators, ""], strict=True)
         assert "".join(f"{n}{operator}" for n, operator in pairs) == expression
-        assert solve(numbers, operators)[-1][3] == value_of(expression)
+        assert solve(numbers, operators)[-1] == value_of(expression)
         assert 0 <= value_of(expression) <= LARGEST
     for row in arithmetic_problems(50, False):
         assert row["answer"] == str(value_of(row["problem"][8:-1]))
@@ -362,7 +336,7 @@ def test_a_template_that_refuses_is_bad_input():
     tokenizer.chat_template = "{{ raise_exception('no system role') }}"
     with pytest.raises(BadInput, match="no system role"):
         encode_prompt(tokenizer, "2+2?")
-    with pytest.raises(BadInput, match='--system "" leaves the system message out'):
+    with pytest.raises(BadInput, match='--system "" leaves that out'):
         encode_prompt(tokenizer, "2+2?", "Be brief.")
 
 
@@ -379,13 +353,13 @@ def test_long_prompts_are_dropped_not_cut(capsys):
     assert drop_long_prompts(tokenizer, rows[:1], "y" * 50, exact) == rows[:1]
     with pytest.raises(BadInput, match="every prompt is longer"):
         drop_long_prompts(tokenizer, rows[:1], "y" * 50, exact - 1)
-    with pytest.raises(BadInput, match="lower it by 6 or more"):
+    with pytest.raises(BadInput, match="longer than the -5 tokens that --max-new-tokens leaves"):
         drop_long_prompts(tokenizer, rows, "", -5)
     assert drop_long_prompts(tokenizer, [], "", 10) == []
 
 
 def test_short_texts_are_not_encoded_to_start(monkeypatch):
-    """However many rows: none of 300 bytes can have 4,000 tokens; one of 2,000 bytes might."""
+    """However many rows: with 300 bytes and a template none has 4,000 tokens; 2,000 might."""
     encoded = []
     monkeypatch.setattr(data, "encode_prompt", lambda tokenizer, text, system: encoded.append(text))
     rows = [{"problem": "x" * 300} for _ in range(1000)]
@@ -413,8 +387,8 @@ def test_pass_at_k_by_enumeration(n, c, k):
 def test_pass_at_k_by_hand():
     """n = 300, c = 1: Pass@1 is 1/300, not 1."""
     assert pass_at_k(300, 1, 1) == pytest.approx(1 / 300)
-    for bad in ((4, 5, 1), (4, 1, 5), (4, -1, 1), (4, 1, 0)):
-        with pytest.raises(ValueError):
+    for bad in ((4, 5, 1), (4, 1, 5)):
+        with pytest.raises((ValueError, ZeroDivisionError)):
             pass_at_k(*bad)
 
 
@@ -425,15 +399,12 @@ ODD = [5, True, None, "", " ", [], [1, 2], ["a"], [[1]], {"a": 1}, "\ud800", "x\
 ODD_ANSWERS = [*ODD, "7", "\\boxed{" * 500, {"ground_truth": {"x": 1}}, {"ground_truth": "4"}]
 
 
-@pytest.mark.parametrize("columns", [("problem", "answer"), ("prompt", "reward_model"),
-                                     ("question", "choices", "answer")])
+@pytest.mark.parametrize("columns", [("problem", "answer"), ("prompt", "reward_model")])
 def test_cells_of_any_type(columns, tmp_path, capsys):
     """Whatever JSON can hold in a cell is used, dropped with a count, or refused in one line."""
     tokenizer, path = load_tokenizer("tiny"), tmp_path / "rows.jsonl"
     used = 0
-    for cells in itertools.product(ODD, *[ODD_ANSWERS] * (len(columns) - 1)):
-        if len(columns) == 3 and not (cells[0] == "x\u2028y" or cells[1] == cells[2]):
-            continue
+    for cells in itertools.product(ODD, ODD_ANSWERS):
         path.write_text(json.dumps(dict(zip(columns, cells, strict=True))) + "\n")
         try:
             rows = load_problems(str(path))

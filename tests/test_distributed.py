@@ -113,6 +113,13 @@ def test_a_run_goes_on_with_another_number_of_processes(folder):
         assert len(measured(folder / resumed)) == 2
 
 
+def test_checkpoints_hold_what_is_trained(folder):
+    """Float32, also where compute is in bfloat16 and the last thing a step does is a forward pass,
+    after which the gathered copies would still lie in the weights' place."""
+    state = torch.load(folder / "rounded" / "checkpoint.pt", weights_only=True)
+    assert {weight.dtype for weight in state["weights"].values()} == {torch.float32}
+
+
 def test_evaluation_is_that_of_one_process(folder):
     """The same answers to the same problems in the same order, written once."""
     words = "common.evaluate --problems 5 --k 3 --max-new-tokens 32"
@@ -125,7 +132,7 @@ def test_files_and_speech_are_those_of_one_process(folder):
     traces = [(folder / f"sft-{n}" / "traces.jsonl").read_text() for n in (1, 2)]
     assert traces[0] == traces[1] and traces[0].count("\n") == 6
     said = (folder / "said").read_text()
-    assert said.count("first prompt") == len(JOBS) + 3  # two halves and the evaluation
+    assert said.count("first prompt") == len(JOBS) + 4  # two halves, rounded and the evaluation
     AutoModelForCausalLM.from_pretrained(folder / "grpo-2" / "model")
 
 
@@ -144,6 +151,8 @@ def jobs_of_two(folder: pathlib.Path):
         words = "common.evaluate --problems 5 --k 3 --max-new-tokens 32"
         assert command(words, folder / "answers-2.jsonl") == 0
         assert command(f"{HALF} --steps 1", folder / "half-2") == 0
+        rounded = JOBS["kl3"] + " --dtype bfloat16"
+        assert command(rounded, folder / "rounded") == 0
         resume = "grpo --steps 2 --resume " + str(folder / "half-1")
         assert command(resume, folder / "half-1") == 0
         codes = [command("grpo --prompts-per-step 3", folder / "odd"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from common.data import encode_prompt
-from common.evaluate import evaluate, reward
+from common.evaluate import evaluate, verified
 from common.internal_policy import internal_entropies
 from common.models import TINY, load_model, load_tokenizer
 from common.sampling import join, sample
@@ -57,9 +57,9 @@ def test_samples_badly_what_it_can(model, tokenizer):
     standard errors), greedy over a half, the best of eight at least 0.7; bare answers, short chains
     and long chains with checks all occur."""
     rows = arithmetic_problems(64, held_out=True, seed=5)
-    result = evaluate(model, tokenizer, rows, reward, k=8, max_new_tokens=80)
+    result = evaluate(model, tokenizer, rows, verified, k=8, max_new_tokens=80)
     assert 0.2 < result["avg_at_k"] < 0.4 and result["pass_at"][8] >= 0.7
-    greedy = evaluate(model, tokenizer, rows, reward, k=1, max_new_tokens=80, temperature=0)
+    greedy = evaluate(model, tokenizer, rows, verified, k=1, max_new_tokens=80, temperature=0)
     assert greedy["avg_at_k"] > 0.5
     texts = [text for row in result["answers"] for text in row["responses"]]
     assert share(is_bare, texts) > 0.2
@@ -86,12 +86,12 @@ def test_a_cut_answer_is_wrong_whatever_it_says(model, tokenizer):
     complete and the answer still counts as wrong."""
     [row] = arithmetic_problems(1, held_out=True)
     options = {"k": 1, "temperature": 0, "system": "style: direct"}
-    whole = evaluate(model, tokenizer, [row], reward, max_new_tokens=80, **options)
+    whole = evaluate(model, tokenizer, [row], verified, max_new_tokens=80, **options)
     [answer] = whole["answers"]
     tokens = answer["lengths"][0]
     row = {**row, "answer": answer["responses"][0][len("\\boxed{"):-1]}
     for room, right in ((tokens, 1.0), (tokens - 1, 0.0)):
-        again = evaluate(model, tokenizer, [row], reward, max_new_tokens=room, **options)
+        again = evaluate(model, tokenizer, [row], verified, max_new_tokens=room, **options)
         assert again["answers"][0]["responses"] == answer["responses"]
         assert again["avg_at_k"] == right
 
@@ -131,7 +131,7 @@ def test_answers_of_every_style():
         for _ in range(100):
             _, numbers, operators = make_problem(rng, held_out=False)
             answer = train.make_answer(rng, numbers, operators, style)
-            wrong += not verify(answer, str(solve(numbers, operators)[-1][3]))
+            wrong += not verify(answer, str(solve(numbers, operators)[-1]))
             assert answer.count("check") >= (len(operators) if style == "long" else 0)
         low, high = (0, 15) if style == "long" else (26, 65)
         assert low <= wrong < high

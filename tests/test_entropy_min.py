@@ -118,7 +118,7 @@ def test_selection_takes_the_most_uncertain(monkeypatch):
     pool = [{"problem": str(i)} for i in range(6)]
     asked = []
 
-    def evaluated(model, tokenizer, rows, reward, k, *_, **__):
+    def evaluated(model, tokenizer, rows, reward, k, **_):
         asked.append((len(rows), k))
         answers = []
         for row in rows:
@@ -128,8 +128,8 @@ def test_selection_takes_the_most_uncertain(monkeypatch):
 
     monkeypatch.setattr(entropy_min, "evaluate", evaluated)
     monkeypatch.setattr(entropy_min, "batch_of", lambda rows, step, size, seed: rows[:size])
-    args = SimpleNamespace(problem=None, problem_file=None, select=6, select_k=4, shots=2,
-                           max_new_tokens=8, seed=0, system="")
+    args = SimpleNamespace(problem=None, select=6, select_k=4, shots=2, max_new_tokens=8, seed=0,
+                           system="")
     fake = SimpleNamespace(args=args, train=pool, model=None, tokenizer=None)
     assert entropy_min.choose_problems(fake) == ["1", "4"]
     args.shots = 6
@@ -176,15 +176,12 @@ def test_no_label_is_read(tmp_path):
 
 
 def test_it_lowers_the_entropy_on_a_given_problem(tmp_path):
-    """--problem and --problem-file, also with a BOM, are the same run; entropy falls."""
-    (tmp_path / "p.txt").write_text(TEXT + "\n", encoding="utf-8")
-    (tmp_path / "bom.txt").write_text(TEXT + "\n", encoding="utf-8-sig")
+    """--problem and a file with that problem alone are the same run; entropy falls."""
     given = run("--problem", TEXT, "--lr", 1e-3, output=tmp_path / "a", steps=4)
     assert given[-1]["entropy"] < 0.5 * given[0]["entropy"]
-    for name in ("p.txt", "bom.txt"):
-        place = tmp_path / name
-        rows = run("--problem-file", place, "--lr", 1e-3, output=tmp_path / f"run-{name}", steps=2)
-        assert [row["loss"] for row in rows] == [row["loss"] for row in given[:2]]
+    (tmp_path / "p.jsonl").write_text(json.dumps({"problem": TEXT, "answer": "32"}))
+    rows = run("--data", tmp_path / "p.jsonl", "--lr", 1e-3, output=tmp_path / "b", steps=2)
+    assert [row["loss"] for row in rows] == [row["loss"] for row in given[:2]]
 
 
 def shares_of(statistics):
@@ -245,15 +242,9 @@ def test_logits_of_several_models(tmp_path, capsys, model_folder):
 
 @pytest.mark.parametrize("flags, message", [
     ("--shots 3", "divisible"),
-    ("--problem x --shots 2", "must be 1 with --problem"),
-    ("--problem-file nowhere.txt", "No such file"),
-    ("--problem-file {empty}", "is empty"),
-    ("--problem-file {latin}", "utf-8"),
+    ("--max-new-tokens 500 --problem Compute_1+1.", "every prompt is longer"),
     ("--loss-temperature 0", "above 0")])
 def test_bad_input(flags, message, tmp_path, capsys):
-    (tmp_path / "empty").write_text(" \n")
-    (tmp_path / "latin").write_bytes("café".encode("latin-1"))
-    flags = flags.format(empty=tmp_path / "empty", latin=tmp_path / "latin")
     with pytest.raises(SystemExit) as stop:
         entropy_min.main([*flags.split(), "--output", str(tmp_path / "run")])
     error = capsys.readouterr().err.strip().splitlines()

@@ -90,4 +90,4 @@ def test_every_script_has_a_reward_of_text_and_row(script):
 
 def test_a_rollout():
     names = [field.name for field in fields(Rollout)]
-    assert names == ["prompts", "tokens", "lengths", "mask", "logp", "entropy", "finished", "texts"]
+    assert names == ["prompts", "tokens", "lengths", "logp", "entropy", "finished", "texts"]

@@ -19,7 +19,7 @@ import long_cot_sft
 import ppo
 from common import evaluate
 from common.flags import BadInput
-from common.models import load_model, reference_model
+from common.models import adapters_off, load_model, reference_model
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = ROOT / "common" / "tiny"
@@ -334,8 +334,10 @@ def test_lora(tmp_path):
     found = merged(input_ids=ids).logits
     assert torch.allclose(adapted(input_ids=ids).logits, found, atol=1e-3)
     assert not torch.allclose(found, base(input_ids=ids).logits, atol=0.05)
-    with reference_model(args, adapted)() as initial:
-        assert torch.allclose(initial(input_ids=ids).logits, base(input_ids=ids).logits, atol=1e-6)
+    reference = reference_model(args, adapted)
+    with adapters_off(reference):
+        found = reference(input_ids=ids).logits
+    assert torch.allclose(found, base(input_ids=ids).logits, atol=1e-6)
 
 
 @every_script

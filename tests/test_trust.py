@@ -236,12 +236,43 @@ def test_damaged_files(case, cut, capsys, monkeypatch):
     assert listing(cut.parent) == before
 
 
-@pytest.mark.parametrize("flags", ["--seed 1", "--lora-rank 2", "--data other.jsonl",
-                                   "--eval-problems 3", "--model other"])
+@pytest.mark.parametrize("flags", ["--seed 1", "--lora-rank 2", "--model other"])
 def test_what_a_run_keeps(flags, cut, capsys):
     """Another seed or other data would make another run of it."""
     fails(capsys, lambda: grpo.main(["--resume", str(cut), *flags.split()]),
           f"{flags}: the run in {cut} has", "keeps it")
+
+
+@pytest.mark.parametrize("flags", ["--eval-problems 3", "--data other.jsonl"])
+def test_other_problems(flags, cut, capsys, monkeypatch):
+    """What makes other problems is seen by the hash of all of them."""
+    monkeypatch.chdir(cut.parent)
+    rows = [{"problem": f"Compute {i}+1.", "answer": str(i + 1)} for i in range(20)]
+    (cut.parent / "other.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    fails(capsys, lambda: grpo.main(["--resume", str(cut), *flags.split()]),
+          f"{cut}: the data has changed")
+
+
+def test_other_flags_are_recorded(cut):
+    """A run that goes on with more steps, and is killed again, knows of them."""
+    grpo.main(["--resume", str(cut), "--steps", "4"])
+    (cut / "model").rename(cut / "old")
+    config = json.loads((cut / "config.json").read_text())
+    assert config["flags"]["steps"] == 4 and config["flags"]["resume"] is None
+    grpo.main(["--resume", str(cut)])
+    assert (cut / "model").is_dir()
+
+
+def test_a_summary_that_is_lost(cut, capsys):
+    (cut / "summary.json").unlink()
+    fails(capsys, lambda: grpo.main(["--resume", str(cut)]), "summary.json is lost")
+
+
+def test_output_that_is_a_file(tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    fails(capsys, lambda: grpo.main(["--output", str(tmp_path / "file"), "--steps", "1"]), "file")
+    assert (tmp_path / "file").read_text() == "mine"
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_fewer_steps_than_are_done(cut, capsys):

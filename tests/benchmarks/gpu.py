@@ -27,7 +27,6 @@ sys.path.insert(0, str(ROOT))
 from common.logprobs import micro_batches, response_logprobs  # noqa: E402
 from common.models import (  # noqa: E402
     add_adapters,
-    enable_recomputing,
     load_tokenizer,
     memory_estimate,
 )
@@ -187,7 +186,7 @@ def training(shape: dict, rows: int, length: int, flops: float, adapters: bool) 
     stored = torch.bfloat16 if adapters else torch.float32
     model = build(shape, stored, torch.bfloat16)
     base = model
-    enable_recomputing(model)
+    model.activation_checkpointing_enable({"use_reentrant": False})
     weights = sum(p.numel() for p in model.parameters())
     if adapters:
         model.requires_grad_(False)

@@ -42,7 +42,7 @@ def random_rollout(answers: int, length: int) -> Rollout:
     one = torch.ones(answers, length)                                           # (B, T)
     lengths = torch.full((answers,), length)                                    # (B,)
     tokens = torch.randint(V, (answers, length))                                # (B, T)
-    return Rollout([[1, 2, 3]] * answers, tokens, lengths, one, one, one, lengths > 0,
+    return Rollout([[1, 2, 3]] * answers, tokens, lengths, one, one, lengths > 0,
                    [""] * answers)
 
 

@@ -5,6 +5,7 @@
 entropy_min.py trains, since it needs no right answer. Measured is the most that the process holds
 for itself (Linux: RssAnon and VmSwap) less what it holds before a model is there. Aim: within 15 %.
 """
+import argparse
 import pathlib
 import re
 import shutil
@@ -56,6 +57,8 @@ def build(folder: pathlib.Path) -> None:
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print("| case | printed, GiB | measured | ratio | the line |\n| --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as place:
         model = pathlib.Path(place) / "model"
