@@ -3,7 +3,7 @@
     python -m analysis.bupo_results                    # all of it, an hour and a half on two cores
     python -m analysis.bupo_results --parts again      # seeds 10 to 14
     python -m analysis.bupo_results --parts layers updates --seeds 3
-    python -m analysis.bupo_results --parts scaled --seeds 1
+    python -m analysis.bupo_results --parts scaled --seeds 2
 
 Accuracy: 8 answers to each of 1,024 held-out problems. Seeds 0 to 4 are those of
 analysis.main_results, 5 to 9 of the part "arms" and from 10 on of the others, so that they add up.
@@ -233,10 +233,7 @@ def arms_table(results) -> str:
 
 def minus(results, name: str, other: str) -> str:
     """Paired difference, its error over seeds, and (with other problems, too)."""
-    pair = results.accuracy(name), results.accuracy(other)
-    if len(pair[0]) == 1:
-        return f"{pair[0][0] - pair[1][0]:+.3f}, one seed"
-    values = ex.paired(*pair)
+    values = ex.paired(results.accuracy(name), results.accuracy(other))
     return f"{values} ({ex.crossed(results[name], results[other]):.3f})"
 
 
