@@ -2,6 +2,7 @@
 
     python -m analysis.em_results                   # 16 arms, eight seeds, two at a time: an hour
     python -m analysis.em_results --parts styles    # the first table alone, 15 minutes
+    python -m analysis.em_results --parts figure    # drawn again from the JSON
 
 Accuracy: 8 answers to each of 1,024 held-out problems.
 """
@@ -13,8 +14,9 @@ import torch
 import entropy_min
 from analysis import experiment as ex
 from analysis import internal
-from analysis.experiment import BLUE, GREEN, GREY, ORANGE, Arm, mean
+from analysis.experiment import BLUE, GREY, PURPLE, Arm, mean
 from analysis.logits import logit_statistics
+from analysis.plot import lighter, stored
 from common.data import encode_prompt, load_problems
 from common.evaluate import evaluate
 from common.models import load_model, load_tokenizer
@@ -341,43 +343,50 @@ def draw_course(axis, results) -> None:
     for result in results[name]:
         start = result["rows"][0]["entropy"]
         entropies.append([row["entropy"] / start for row in result["rows"]])
-    ex.band(axis, accuracy, "accuracy, held-out", ORANGE, x=x)
-    ex.band(axis, agreement, "agreement with the majority", GREEN, "--", x=x)
-    ex.band(axis, entropies, "entropy / its start", GREY, ":")
-    ex.tidy(axis, "one problem, 40 updates, every seed", "updates", legend=True)
+    ex.band(axis, accuracy, "share that are right", PURPLE, x=x)
+    ex.band(axis, agreement, "share that agree with the majority", lighter(PURPLE, -0.4), "--", x=x)
+    made = range(len(entropies[0]))  # updates made when the answers of a step are sampled
+    ex.band(axis, entropies, "entropy / its start", lighter(PURPLE, -0.8), ":", made, fill=False)
+    ex.tidy(axis, "EM, one problem: sampled answers", "updates", legend=True)
 
 
 def draw_heat(axis, results) -> None:
-    looks = ((GREY, "-"), (ORANGE, "-"), (BLUE, "-"), (BLUE, ":"))
+    looks = ((GREY, "-"), (PURPLE, "-"), (BLUE, "-"), (PURPLE, "--"))
     for name, (color, style) in zip(FOUR, looks, strict=True):
         by_temperature = [at_temperature(results, name, T) for T in TEMPERATURES]
         curves = list(zip(*by_temperature, strict=True))
         ex.band(axis, curves, name, color, style, x=TEMPERATURES)
-    ex.tidy(axis, "accuracy by sampling temperature", "temperature", legend=True)
+    title = "share of sampled answers that are right"
+    ex.tidy(axis, title, "temperature of the samples", legend=True)
 
 
 def draw_seeds(axis, results) -> None:
-    names = [name for name in FIRST if name not in ("GRPO", "EM 40 updates")]
+    others = ("base", "GRPO", "EM 40 updates", *THEN)
+    names = [name for name in results if name not in others]
     names.reverse()
     for y, name in enumerate(names):
         values = results.accuracy(name)
-        color = ORANGE if name == "EM" else GREY
-        axis.plot(values, [y] * len(values), "o", color=color, alpha=0.5)
+        color = PURPLE if name == "EM" else lighter(PURPLE, 0.5)
+        if name == "entropy ascent":  # the control
+            color = GREY
+        axis.plot(values, [y] * len(values), "o", color=color, alpha=0.7)
         axis.plot(mean(values), y, "|", color="black", markersize=16)
     before = results["EM"][0]["summary"]["avg_at_k_before"]
     axis.axvline(before, color=GREY, linestyle=":")
     axis.set_yticks(range(len(names)), names)
-    ex.tidy(axis, "each seed (dotted: before)", "accuracy after")
+    ex.tidy(axis, "every seed (dotted: before)", "share of sampled answers that are right")
 
 
 def main():
-    args = ex.arguments(__doc__, seeds=8, parts=("styles", "arms"))
+    args = ex.arguments(__doc__, seeds=8, parts=("styles", "arms", "figure"))
     if "styles" in args.parts:
         styled = ex.Results(ex.runs("em", {name: FIRST[name] for name in STYLED}, args))
         tables = {"styles": styles_table(styled), "premise": premise_table()}
         ex.write("entropy_styles", styled, tables, page="entropy_min")
     if "arms" in args.parts:
         every_arm(args)
+    if "figure" in args.parts:
+        draw(ex.Results(stored(ex.PAGES / "entropy_min.json")))
 
 
 def every_arm(args) -> None:
@@ -393,6 +402,9 @@ def every_arm(args) -> None:
         "heat": heat_table(results),
         "logits": logits_table(results),
     })
+
+
+def draw(results) -> None:
     figure, axes = ex.plt.subplots(1, 3, figsize=(14, 4.4), constrained_layout=True)
     draw_course(axes[0], results)
     draw_heat(axes[1], results)
