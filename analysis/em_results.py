@@ -162,6 +162,9 @@ def styles_table(results) -> str:
     for style in STYLES:
         row.append(f"{base[style]['share']:.3f}, {base[style]['accuracy']:.3f}")
     start = mixed(base, base)
+    base_runs = []
+    for run in results["EM"]:
+        base_runs.append({"summary": {"right_after": run["summary"]["right_before"]}})
     rows = [[*row, f"{start:.3f}", "", "", ""]]
     for name in STYLED:
         found = results.summary(name, "count_after")
@@ -173,8 +176,9 @@ def styles_table(results) -> str:
         accuracy = results.accuracy(name)
         mix = [mixed(seed, base) for seed in found]
         starts = [start] * len(found)
-        rows.append([*row, ex.spread(accuracy), ex.paired(accuracy, starts),
-                     ex.paired(mix, starts), ex.paired(accuracy, mix)])
+        gained = f"{ex.paired(accuracy, starts)} ({ex.crossed(results[name], base_runs):.3f})"
+        rows.append([*row, ex.spread(accuracy), gained, ex.paired(mix, starts),
+                     ex.paired(accuracy, mix)])
     pairs = []
     for name in STYLED[1:]:
         difference = ex.paired(results.accuracy(name), results.accuracy("EM"))
@@ -278,6 +282,45 @@ def course_table(results) -> str:
         losses = [run["rows"][min(look["step"], len(run["rows"]) - 1)]["loss"] for run in runs]
         rows.append([*row, f"{mean(losses):.4f}"])
     return ex.table(heads, rows)
+
+
+def first_below(run, share: float) -> int:
+    """Updates made when the entropy of the samples is first below this share of its start."""
+    entropies = [row["entropy"] for row in run["rows"]]
+    for update, entropy in enumerate(entropies):
+        if entropy < share * entropies[0]:
+            return update
+    return len(entropies)
+
+
+def first_fall(run) -> int:
+    """Updates made when the agreement of answers first falls, three looks against three before."""
+    agreement = [look["agreement"] for look in run["probe"]]
+    for last in range(5, len(agreement)):
+        if sum(agreement[last - 2:last + 1]) < sum(agreement[last - 5:last - 2]):
+            return run["probe"][last]["step"]
+    return run["probe"][-1]["step"]
+
+
+def stop_table(results) -> str:
+    """Does a signal without labels find the peak of accuracy?"""
+    runs = results["EM 40 updates"]
+    peaks = []
+    for run in runs:
+        peaks.append(max(near(run, "accuracy", look["step"]) for look in run["probe"]))
+    rules = {
+        "10 updates": [10] * len(runs),
+        "agreement of answers falls": [first_fall(run) for run in runs],
+    }
+    for share in (0.7, 0.5, 0.3, 0.2):
+        updates = [first_below(run, share) for run in runs]
+        rules[f"entropy below {share} of its start"] = updates
+    rows = [["the peak itself (needs labels)", "", ex.spread(peaks), ""]]
+    for rule, stops in rules.items():
+        pairs = zip(runs, stops, strict=True)
+        accuracy = [near(run, "accuracy", update) for run, update in pairs]
+        rows.append([rule, ex.spread(stops, 0), ex.spread(accuracy), ex.paired(peaks, accuracy)])
+    return ex.table(["rule", "updates", "accuracy where it stops", "below the seed's peak"], rows)
 
 
 def at_temperature(results, name: str, T: float, key: str = "accuracy") -> list[float]:
@@ -399,6 +442,7 @@ def every_arm(args) -> None:
         "arms": arms_table(results),
         "pairs": pairs_table(results, seeds),
         "course": course_table(results),
+        "stop": stop_table(results),
         "heat": heat_table(results),
         "logits": logits_table(results),
     })
