@@ -3,9 +3,9 @@
     python -m analysis.reproduce        # or one of them: python -m analysis.kl3_results
     rm -r runs/analysis                 # to begin from nothing; else a stopped one goes on
 
-Figures are not of the last digit: another machine rounds otherwise. A page says which commit its
-tables are of, and which of their arms are no longer made. Accuracy is that of 1,024 problems, where
-older tables have 128. Seconds and memory (results/performance.md) are measured by tests/benchmarks,
+Another machine rounds otherwise, so digits will differ. A page says which commits its tables are of
+and which of their arms are no longer made; accuracy is over 1,024 problems, in older tables over
+128. Seconds and memory (results/performance.md) are measured by tests/benchmarks,
 a command per table.
 """
 import subprocess
