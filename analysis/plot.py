@@ -178,6 +178,7 @@ def plot_runs(groups: dict[str, list[dict]], path: pathlib.Path) -> None:
         axis.grid(alpha=0.25)
     for axis in axes.flat[:5]:
         axis.set_xlabel("step", fontsize=12)
+    axes[1][2].set_xlabel("held-out problems", fontsize=12)
     axes[1][0].set_ylim(bottom=0, top=max(0.01, axes[1][0].get_ylim()[1]))
     axes[1][1].set_ylim(bottom=0)
     handles, labels = axes[0][1].get_legend_handles_labels()
