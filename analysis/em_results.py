@@ -90,7 +90,7 @@ def first_token_only(_run, _optimizer) -> None:
     def sample_first(*args, **kwargs):
         rollout = sample(*args, **kwargs)
         rollout.lengths = torch.ones_like(rollout.lengths)
-        for name in ("tokens", "mask", "logp", "entropy"):
+        for name in ("tokens", "logp", "entropy"):
             setattr(rollout, name, getattr(rollout, name)[:, :1])               # (B, 1)
         return rollout
     entropy_min.sample = sample_first
