@@ -1,6 +1,6 @@
 """Demystifying Long CoT's claims on the embedded model -> results/long_cot.{json,md} and figures.
 
-    python -m analysis.long_cot_results     # 12 fine-tunings, 25 RL runs, five seeds: 90 minutes
+    python -m analysis.long_cot_results     # 14 fine-tunings, 25 RL runs, five seeds: 90 minutes
     python -m analysis.long_cot_results --parts problems --seeds 3      # the first two tables alone
     python -m analysis.long_cot_results --parts figures                 # drawn again from the JSON
 
@@ -19,6 +19,7 @@ from common.data import load_problems
 EVAL = "--eval-problems 1024"
 PROBLEMS = 192
 SFT = f"{EVAL} --max-new-tokens 160"
+NS = (1, 4, 16)
 RIGHT = "share of sampled answers that are right"
 GAMMAS = (1.0, 0.999, 0.99)
 LABELS = ex.ROOT / "runs" / "analysis" / "long_cot"
@@ -61,21 +62,21 @@ def rl(flags: str, start: str | None = None, limit: int = 112) -> Arm:
     return Arm("ppo.py", f"{common} {flags}")
 
 
-def asked_name(style: str, size: int, n: int) -> str:
-    return f"{style}, {size} problems" if n == 1 else f"{style} N={n}"
-
-
-ASKED = {}
-AXES = ((192, 1), (768, 1), (2048, 1), (192, 4), (192, 16))  # problems, samples of each
-for size, n in AXES:
+SIZES = (192, 768, 2048)
+ASKED = {}  # more problems, each asked once
+for size in SIZES:
     for style in ("long", "short"):
-        flags = f"--teacher-style {style} --teacher-problems {size} --samples {n}"
-        ASKED[asked_name(style, size, n)] = sft(flags)
+        flags = f"--teacher-style {style} --teacher-problems {size} --samples 1"
+        ASKED[f"{style}, {size} problems"] = sft(flags)
 EQUAL = {
     "RL from long, 768 problems": rl("", "long,_768_problems"),
     "RL from short, 192 problems": rl("", "short,_192_problems"),
 }
-TUNED = {name: ASKED[name] for name in ("long N=4", "short N=4")}
+TUNED = {}
+for style in ("long", "short"):
+    for n in NS:
+        flags = f"--teacher-style {style} --teacher-problems {PROBLEMS} --samples {n}"
+        TUNED[f"{style} N={n}"] = sft(flags)
 TUNED["silver"] = sft(f"--samples 2 --keep all {NOISY}")
 FILTERED = {"silver filtered": sft(f"--traces {LABELS}/agreeing-{{seed}}.jsonl {AGREEING}")}
 CLASSIC = "--length-reward none --penalty 0"
@@ -130,37 +131,29 @@ def gain(results, name: str) -> list[float]:
 
 
 def asked_table(results) -> str:
-    """Long and short chains by tokens on both axes: more problems, more samples of the same."""
+    """More problems at one sample each, long and short."""
     rows = []
-    for size, n in AXES:
-        long = asked_name("long", size, n)
+    for size in SIZES:
+        long = f"long, {size} problems"
         for style in ("long", "short"):
-            name = asked_name(style, size, n)
+            name = f"{style}, {size} problems"
             traces = [about["traces"] for about in results.summary(name, "traces")]
             difference = ""
             if style == "short":
                 difference = ex.paired(results.accuracy(name), results.accuracy(long))
                 difference += f" ({ex.crossed(results[name], results[long]):.3f})"
             rows.append([
-                style,
-                size,
-                n,
+                name,
+                len(results[name]),
                 f"{mean(traces):.0f}",
                 f"{tokens_trained(results, name):.0f}",
                 ex.spread(results.accuracy(name)),
                 difference,
                 f"{mean(results.summary(name, 'length_after')):.0f}",
             ])
-    heads = ["chains", "problems", "samples of each", "traces", "tokens trained", "accuracy",
+    heads = ["chains, problems asked once", "seeds", "traces", "tokens trained", "accuracy",
              "short minus long", "tokens per answer"]
-    lines = []
-    for style in ("long", "short"):
-        first = results.accuracy(asked_name(style, 192, 1))
-        most = ex.paired(results.accuracy(asked_name(style, 2048, 1)), first)
-        repeated = ex.paired(results.accuracy(asked_name(style, 192, 16)), first)
-        lines.append(f"{style} {most} and {repeated}")
-    return ex.table(heads, rows) + (
-        f"\n2,048 problems, and 16 samples, minus one sample of 192: {'; '.join(lines)}.\n")
+    return ex.table(heads, rows)
 
 
 def equal_table(results) -> str:
@@ -256,6 +249,10 @@ def compare_table(results) -> str:
 
     cosine, classic = "base, cosine, limit 56", "base, classic, limit 56"
     wanted = [
+        ("accuracy after fine-tuning: long N=16 minus long N=1", accuracy, "long N=16", "long N=1"),
+        ("the same, short chains", accuracy, "short N=16", "short N=1"),
+        ("accuracy after fine-tuning: long N=16 minus short N=1", accuracy, "long N=16",
+         "short N=1"),
         ("RL's gain in accuracy: long minus short start", gained, "long, cosine", "short, cosine"),
         ("accuracy after RL: long minus short start", accuracy, "long, cosine", "short, cosine"),
         ("fine-tuning, then RL, minus RL from the base: long", accuracy, "long, cosine",
@@ -298,18 +295,22 @@ def draw_main(results) -> None:
     ex.save(figure, "long_cot.png")
 
 
-def draw_asked(results) -> None:
-    """Accuracy by tokens on both axes."""
+def draw_asked(results, repeated) -> None:
+    """Accuracy by tokens on both axes: problems, and (of the other arms) samples per problem."""
     figure, axis = ex.plt.subplots(figsize=(7.5, 4.8), constrained_layout=True)
-    axes = {"192, 768, 2048 problems": ("-o", AXES[:3]),
-            "1, 4, 16 samples of 192": ("--s", (AXES[0], *AXES[3:]))}
     for style, color in (("long", lighter(SKY, -0.5)), ("short", SKY)):
-        for words, (line, places) in axes.items():
-            names = [asked_name(style, size, n) for size, n in places]
-            x = [tokens_trained(results, name) for name in names]
-            by_place = [results.accuracy(name) for name in names]
-            curves = list(zip(*by_place, strict=True))
-            ex.band(axis, curves, f"{style}: {words}", color, line, x)
+        problems = [f"{style}, {size} problems" for size in SIZES]
+        x = [tokens_trained(results, name) for name in problems]
+        seeds = [results.accuracy(name) for name in problems]
+        label = f"{style}: 192, 768, 2048 problems"
+        axis.plot(x, [mean(values) for values in seeds], "-o", color=color, label=label)
+        lowest = [min(values) for values in seeds]
+        highest = [max(values) for values in seeds]
+        axis.fill_between(x, lowest, highest, color=color, alpha=0.2, linewidth=0)
+        samples = [f"{style} N={n}" for n in NS]
+        x = [tokens_trained(repeated, name) for name in samples]
+        means = [mean(repeated.accuracy(name)) for name in samples]
+        axis.plot(x, means, "--s", color=color, label=f"{style}: 1, 4, 16 samples of 192")
     axis.set_xscale("log")
     ex.tidy(axis, f"after fine-tuning: {RIGHT}", "tokens trained on", legend=True)
     ex.save(figure, "long_cot_problems.png")
@@ -346,8 +347,8 @@ def main():
     if "arms" in args.parts:
         every_arm(args)
     if "figures" in args.parts:
-        draw_asked(ex.Results(stored(ex.PAGES / "long_cot_problems.json")))
         results = ex.Results(stored(ex.PAGES / "long_cot.json"))
+        draw_asked(ex.Results(stored(ex.PAGES / "long_cot_problems.json")), results)
         draw_main(results)
         draw_rewards(results)
 
