@@ -2,6 +2,7 @@
 
     python -m analysis.em_results                   # 16 arms, eight seeds, two at a time: an hour
     python -m analysis.em_results --parts styles    # the first table alone, 15 minutes
+    python -m analysis.em_results --parts figure    # drawn again from the JSON
 
 Accuracy: 8 answers to each of 1,024 held-out problems.
 """
@@ -13,8 +14,9 @@ import torch
 import entropy_min
 from analysis import experiment as ex
 from analysis import internal
-from analysis.experiment import BLUE, GREEN, GREY, ORANGE, Arm, mean
+from analysis.experiment import BLUE, GREY, PURPLE, Arm, mean
 from analysis.logits import logit_statistics
+from analysis.plot import lighter, stored
 from common.data import encode_prompt, load_problems
 from common.evaluate import evaluate
 from common.models import load_model, load_tokenizer
@@ -88,7 +90,7 @@ def first_token_only(_run, _optimizer) -> None:
     def sample_first(*args, **kwargs):
         rollout = sample(*args, **kwargs)
         rollout.lengths = torch.ones_like(rollout.lengths)
-        for name in ("tokens", "mask", "logp", "entropy"):
+        for name in ("tokens", "logp", "entropy"):
             setattr(rollout, name, getattr(rollout, name)[:, :1])               # (B, 1)
         return rollout
     entropy_min.sample = sample_first
@@ -160,6 +162,9 @@ def styles_table(results) -> str:
     for style in STYLES:
         row.append(f"{base[style]['share']:.3f}, {base[style]['accuracy']:.3f}")
     start = mixed(base, base)
+    base_runs = []
+    for run in results["EM"]:
+        base_runs.append({"summary": {"right_after": run["summary"]["right_before"]}})
     rows = [[*row, f"{start:.3f}", "", "", ""]]
     for name in STYLED:
         found = results.summary(name, "count_after")
@@ -171,8 +176,9 @@ def styles_table(results) -> str:
         accuracy = results.accuracy(name)
         mix = [mixed(seed, base) for seed in found]
         starts = [start] * len(found)
-        rows.append([*row, ex.spread(accuracy), ex.paired(accuracy, starts),
-                     ex.paired(mix, starts), ex.paired(accuracy, mix)])
+        gained = f"{ex.paired(accuracy, starts)} ({ex.crossed(results[name], base_runs):.3f})"
+        rows.append([*row, ex.spread(accuracy), gained, ex.paired(mix, starts),
+                     ex.paired(accuracy, mix)])
     pairs = []
     for name in STYLED[1:]:
         difference = ex.paired(results.accuracy(name), results.accuracy("EM"))
@@ -278,6 +284,45 @@ def course_table(results) -> str:
     return ex.table(heads, rows)
 
 
+def first_below(run, share: float) -> int:
+    """Updates made when the entropy of the samples is first below this share of its start."""
+    entropies = [row["entropy"] for row in run["rows"]]
+    for update, entropy in enumerate(entropies):
+        if entropy < share * entropies[0]:
+            return update
+    return len(entropies)
+
+
+def first_fall(run) -> int:
+    """Updates made when the agreement of answers first falls, three looks against three before."""
+    agreement = [look["agreement"] for look in run["probe"]]
+    for last in range(5, len(agreement)):
+        if sum(agreement[last - 2:last + 1]) < sum(agreement[last - 5:last - 2]):
+            return run["probe"][last]["step"]
+    return run["probe"][-1]["step"]
+
+
+def stop_table(results) -> str:
+    """Does a signal without labels find the peak of accuracy?"""
+    runs = results["EM 40 updates"]
+    peaks = []
+    for run in runs:
+        peaks.append(max(near(run, "accuracy", look["step"]) for look in run["probe"]))
+    rules = {
+        "10 updates": [10] * len(runs),
+        "agreement of answers falls": [first_fall(run) for run in runs],
+    }
+    for share in (0.7, 0.5, 0.3, 0.2):
+        updates = [first_below(run, share) for run in runs]
+        rules[f"entropy below {share} of its start"] = updates
+    rows = [["the peak itself (needs labels)", "", ex.spread(peaks), ""]]
+    for rule, stops in rules.items():
+        pairs = zip(runs, stops, strict=True)
+        accuracy = [near(run, "accuracy", update) for run, update in pairs]
+        rows.append([rule, ex.spread(stops, 0), ex.spread(accuracy), ex.paired(peaks, accuracy)])
+    return ex.table(["rule", "updates", "accuracy where it stops", "below the seed's peak"], rows)
+
+
 def at_temperature(results, name: str, T: float, key: str = "accuracy") -> list[float]:
     return [result["after"]["temperatures"][str(T)][key] for result in results[name]]
 
@@ -341,43 +386,50 @@ def draw_course(axis, results) -> None:
     for result in results[name]:
         start = result["rows"][0]["entropy"]
         entropies.append([row["entropy"] / start for row in result["rows"]])
-    ex.band(axis, accuracy, "accuracy, held-out", ORANGE, x=x)
-    ex.band(axis, agreement, "agreement with the majority", GREEN, "--", x=x)
-    ex.band(axis, entropies, "entropy / its start", GREY, ":")
-    ex.tidy(axis, "one problem, 40 updates, every seed", "updates", legend=True)
+    ex.band(axis, accuracy, "share that are right", PURPLE, x=x)
+    ex.band(axis, agreement, "share that agree with the majority", lighter(PURPLE, -0.4), "--", x=x)
+    made = range(len(entropies[0]))  # updates made when the answers of a step are sampled
+    ex.band(axis, entropies, "entropy / its start", lighter(PURPLE, -0.8), ":", made, fill=False)
+    ex.tidy(axis, "EM, one problem: sampled answers", "updates", legend=True)
 
 
 def draw_heat(axis, results) -> None:
-    looks = ((GREY, "-"), (ORANGE, "-"), (BLUE, "-"), (BLUE, ":"))
+    looks = ((GREY, "-"), (PURPLE, "-"), (BLUE, "-"), (PURPLE, "--"))
     for name, (color, style) in zip(FOUR, looks, strict=True):
         by_temperature = [at_temperature(results, name, T) for T in TEMPERATURES]
         curves = list(zip(*by_temperature, strict=True))
         ex.band(axis, curves, name, color, style, x=TEMPERATURES)
-    ex.tidy(axis, "accuracy by sampling temperature", "temperature", legend=True)
+    title = "share of sampled answers that are right"
+    ex.tidy(axis, title, "temperature of the samples", legend=True)
 
 
 def draw_seeds(axis, results) -> None:
-    names = [name for name in FIRST if name not in ("GRPO", "EM 40 updates")]
+    others = ("base", "GRPO", "EM 40 updates", *THEN)
+    names = [name for name in results if name not in others]
     names.reverse()
     for y, name in enumerate(names):
         values = results.accuracy(name)
-        color = ORANGE if name == "EM" else GREY
-        axis.plot(values, [y] * len(values), "o", color=color, alpha=0.5)
+        color = PURPLE if name == "EM" else lighter(PURPLE, 0.5)
+        if name == "entropy ascent":  # the control
+            color = GREY
+        axis.plot(values, [y] * len(values), "o", color=color, alpha=0.7)
         axis.plot(mean(values), y, "|", color="black", markersize=16)
     before = results["EM"][0]["summary"]["avg_at_k_before"]
     axis.axvline(before, color=GREY, linestyle=":")
     axis.set_yticks(range(len(names)), names)
-    ex.tidy(axis, "each seed (dotted: before)", "accuracy after")
+    ex.tidy(axis, "every seed (dotted: before)", "share of sampled answers that are right")
 
 
 def main():
-    args = ex.arguments(__doc__, seeds=8, parts=("styles", "arms"))
+    args = ex.arguments(__doc__, seeds=8, parts=("styles", "arms", "figure"))
     if "styles" in args.parts:
         styled = ex.Results(ex.runs("em", {name: FIRST[name] for name in STYLED}, args))
         tables = {"styles": styles_table(styled), "premise": premise_table()}
         ex.write("entropy_styles", styled, tables, page="entropy_min")
     if "arms" in args.parts:
         every_arm(args)
+    if "figure" in args.parts:
+        draw(ex.Results(stored(ex.PAGES / "entropy_min.json")))
 
 
 def every_arm(args) -> None:
@@ -390,9 +442,13 @@ def every_arm(args) -> None:
         "arms": arms_table(results),
         "pairs": pairs_table(results, seeds),
         "course": course_table(results),
+        "stop": stop_table(results),
         "heat": heat_table(results),
         "logits": logits_table(results),
     })
+
+
+def draw(results) -> None:
     figure, axes = ex.plt.subplots(1, 3, figsize=(14, 4.4), constrained_layout=True)
     draw_course(axes[0], results)
     draw_heat(axes[1], results)

@@ -1,7 +1,8 @@
 """Demystifying Long CoT's claims on the embedded model -> results/long_cot.{json,md} and figures.
 
-    python -m analysis.long_cot_results     # 14 fine-tunings, 24 RL runs, five seeds: 90 minutes
-    python -m analysis.long_cot_results --parts problems --seeds 3      # the first table alone
+    python -m analysis.long_cot_results     # 14 fine-tunings, 25 RL runs, five seeds: 90 minutes
+    python -m analysis.long_cot_results --parts problems --seeds 3      # the first two tables alone
+    python -m analysis.long_cot_results --parts figures                 # drawn again from the JSON
 
 Chains are sampled from a teacher (long, short, N answers per problem), or kept without
 verification under noisy labels; then PPO goes on from them. The limit of 112 tokens for RL is twice
@@ -11,13 +12,15 @@ import json
 import random
 
 from analysis import experiment as ex
-from analysis.experiment import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, Arm, mean
+from analysis.experiment import SKY, VERMILION, Arm, mean
+from analysis.plot import lighter, stored
 from common.data import load_problems
 
 EVAL = "--eval-problems 1024"
 PROBLEMS = 192
-SFT = f"{EVAL} --max-new-tokens 160 --teacher-problems {PROBLEMS}"
+SFT = f"{EVAL} --max-new-tokens 160"
 NS = (1, 4, 16)
+RIGHT = "share of sampled answers that are right"
 GAMMAS = (1.0, 0.999, 0.99)
 LABELS = ex.ROOT / "runs" / "analysis" / "long_cot"
 NOISY = f"--data {LABELS}/noisy-{{seed}}.jsonl --eval-data arithmetic"
@@ -52,47 +55,47 @@ def sft(flags: str) -> Arm:
     return Arm("long_cot_sft.py", f"{SFT} {flags}")
 
 
-def rl(flags: str, color=GREY, start: str | None = None, limit: int = 112) -> Arm:
+def rl(flags: str, start: str | None = None, limit: int = 112) -> Arm:
     common = f"{EVAL} --steps 24 --group-size 8 --max-new-tokens {limit}"
     if start:
         common += f" --model {{runs}}/{start}-{{seed}}/model"
-    return Arm("ppo.py", f"{common} {flags}", color)
+    return Arm("ppo.py", f"{common} {flags}")
 
 
 SIZES = (192, 768, 2048)
 ASKED = {}  # more problems, each asked once
 for size in SIZES:
     for style in ("long", "short"):
-        flags = f"--max-new-tokens 160 --teacher-problems {size} --samples 1"
-        ASKED[f"{style}, {size} problems"] = Arm(
-            "long_cot_sft.py", f"{EVAL} {flags} --teacher-style {style}")
+        flags = f"--teacher-style {style} --teacher-problems {size} --samples 1"
+        ASKED[f"{style}, {size} problems"] = sft(flags)
 EQUAL = {
-    "RL from long, 768 problems": rl("", start="long,_768_problems"),
-    "RL from short, 192 problems": rl("", start="short,_192_problems"),
+    "RL from long, 768 problems": rl("", "long,_768_problems"),
+    "RL from short, 192 problems": rl("", "short,_192_problems"),
 }
 TUNED = {}
 for style in ("long", "short"):
     for n in NS:
-        TUNED[f"{style} N={n}"] = sft(f"--teacher-style {style} --samples {n}")
+        flags = f"--teacher-style {style} --teacher-problems {PROBLEMS} --samples {n}"
+        TUNED[f"{style} N={n}"] = sft(flags)
 TUNED["silver"] = sft(f"--samples 2 --keep all {NOISY}")
 FILTERED = {"silver filtered": sft(f"--traces {LABELS}/agreeing-{{seed}}.jsonl {AGREEING}")}
 CLASSIC = "--length-reward none --penalty 0"
 MAIN = {
     "base, cosine": rl(""),
     "base, cosine, limit 56": rl("", limit=56),
-    "base, classic, limit 56": rl(CLASSIC, VERMILION, limit=56),
-    "base, reward A": rl("--length-reward A", VERMILION),
-    "base, reward B": rl("--length-reward B", GREEN),
-    "base, reward C": rl("--length-reward C", PURPLE),
-    "short, cosine": rl("", SKY, "short_N=4"),
-    "long, cosine": rl("", BLUE, "long_N=4"),
-    "long, classic": rl(CLASSIC, VERMILION, "long_N=4"),
-    "long, no penalty": rl("--penalty 0", ORANGE, "long_N=4"),
-    "long, reward A": rl("--length-reward A", VERMILION, "long_N=4"),
-    "long, reward B": rl("--length-reward B", GREEN, "long_N=4"),
-    "long, reward C": rl("--length-reward C", PURPLE, "long_N=4"),
-    "silver, all labels": rl(NOISY, GREY, "silver"),
-    "silver, filtered labels": rl(AGREEING, GREEN, "silver_filtered"),
+    "base, classic, limit 56": rl(CLASSIC, limit=56),
+    "base, reward A": rl("--length-reward A"),
+    "base, reward B": rl("--length-reward B"),
+    "base, reward C": rl("--length-reward C"),
+    "short, cosine": rl("", "short_N=4"),
+    "long, cosine": rl("", "long_N=4"),
+    "long, classic": rl(CLASSIC, "long_N=4"),
+    "long, no penalty": rl("--penalty 0", "long_N=4"),
+    "long, reward A": rl("--length-reward A", "long_N=4"),
+    "long, reward B": rl("--length-reward B", "long_N=4"),
+    "long, reward C": rl("--length-reward C", "long_N=4"),
+    "silver, all labels": rl(NOISY, "silver"),
+    "silver, filtered labels": rl(AGREEING, "silver_filtered"),
 }
 
 
@@ -109,11 +112,12 @@ for gamma in GAMMAS:
         discounts = f"--gamma {gamma} --penalty-gamma {penalty}"
         name = discount_arm(gamma, penalty)
         if name not in REINFORCED:
-            REINFORCED[name] = rl(discounts, BLUE, "long_N=4")
+            REINFORCED[name] = rl(discounts, "long_N=4")
 
 
 def tokens_trained(results, name: str) -> float:
-    return mean([result["rows"][-1]["tokens_seen"] for result in results[name]])
+    """Of two passes."""
+    return mean([2 * about["tokens"] for about in results.summary(name, "traces")])
 
 
 def waits(results, name: str, when: str) -> str:
@@ -130,22 +134,24 @@ def asked_table(results) -> str:
     """More problems at one sample each, long and short."""
     rows = []
     for size in SIZES:
+        long = f"long, {size} problems"
         for style in ("long", "short"):
             name = f"{style}, {size} problems"
             traces = [about["traces"] for about in results.summary(name, "traces")]
             difference = ""
             if style == "short":
-                long = results.accuracy(f"long, {size} problems")
-                difference = ex.paired(results.accuracy(name), long)
+                difference = ex.paired(results.accuracy(name), results.accuracy(long))
+                difference += f" ({ex.crossed(results[name], results[long]):.3f})"
             rows.append([
                 name,
+                len(results[name]),
                 f"{mean(traces):.0f}",
                 f"{tokens_trained(results, name):.0f}",
                 ex.spread(results.accuracy(name)),
                 difference,
                 f"{mean(results.summary(name, 'length_after')):.0f}",
             ])
-    heads = ["chains, problems asked once", "traces", "tokens trained", "accuracy",
+    heads = ["chains, problems asked once", "seeds", "traces", "tokens trained", "accuracy",
              "short minus long", "tokens per answer"]
     return ex.table(heads, rows)
 
@@ -271,71 +277,80 @@ def compare_table(results) -> str:
 
 
 def draw_main(results) -> None:
-    figure, axes = ex.plt.subplots(1, 3, figsize=(14, 4.4), constrained_layout=True)
-    for style, color in (("long", BLUE), ("short", SKY)):
-        names = [f"{style} N={n}" for n in NS]
-        x = [tokens_trained(results, name) for name in names]
-        by_n = [results.accuracy(name) for name in names]
-        curves = list(zip(*by_n, strict=True))
-        ex.band(axes[0], curves, f"{style} chains", color, "-o", x)
-    axes[0].set_xscale("log")
-    title = "accuracy after fine-tuning, N = 1, 4, 16"
-    ex.tidy(axes[0], title, "tokens trained on", legend=True)
-    titles = {"reward": "share of answers right", "length": "tokens per answer (limit 112)"}
-    names = ("base, cosine", "short, cosine", "long, cosine", "long, classic")
-    for axis, (key, title) in zip(axes[1:], titles.items(), strict=True):
-        for name in names:
-            ex.band(axis, results.curves(name, key), name, REINFORCED[name].color)
+    figure, axes = ex.plt.subplots(1, 2, figsize=(12, 4.8), constrained_layout=True)
+    looks = {  # share of white, line style
+        "base, cosine": (0.5, "-"),
+        "short, cosine": (-0.6, "--"),
+        "long, cosine": (0, "-"),
+        "long, classic": (-0.6, ":"),
+    }
+    titles = {"reward": RIGHT, "length": "tokens per answer (limit 112)"}
+    for axis, (key, title) in zip(axes, titles.items(), strict=True):
+        for name, (white, style) in looks.items():
+            color = lighter(VERMILION, white)
+            ex.band(axis, results.curves(name, key), name, color, style)
         ex.tidy(axis, title)
-    handles, labels = axes[2].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower right", ncols=4, fontsize=9)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=11)
     ex.save(figure, "long_cot.png")
 
 
-def draw_asked(results) -> None:
-    """Accuracy by tokens on both axes: problems, and (of long_cot.json) samples per problem."""
-    repeated = json.loads((ex.PAGES / "long_cot.json").read_text())
+def draw_asked(results, repeated) -> None:
+    """Accuracy by tokens on both axes: problems, and (of the other arms) samples per problem."""
     figure, axis = ex.plt.subplots(figsize=(7.5, 4.8), constrained_layout=True)
-    for style, color in (("long", BLUE), ("short", SKY)):
-        names = [f"{style}, {size} problems" for size in SIZES]
-        x = [tokens_trained(results, name) for name in names]
-        by_size = [results.accuracy(name) for name in names]
-        curves = list(zip(*by_size, strict=True))
-        ex.band(axis, curves, f"{style}: 192, 768, 2048 problems", color, "-o", x)
-        found = [repeated[f"{style} N={n}"] for n in NS]
-        x = [mean([2 * run["traces"]["tokens"] for run in runs]) for runs in found]  # two passes
-        by_n = [[run["avg_at_k_after"] for run in runs] for runs in found]
-        curves = list(zip(*by_n, strict=True))
-        ex.band(axis, curves, f"{style}: 1, 4, 16 samples of 192", color, "--s", x, fill=False)
+    for style, color in (("long", lighter(SKY, -0.5)), ("short", SKY)):
+        problems = [f"{style}, {size} problems" for size in SIZES]
+        x = [tokens_trained(results, name) for name in problems]
+        seeds = [results.accuracy(name) for name in problems]
+        label = f"{style}: 192, 768, 2048 problems"
+        axis.plot(x, [mean(values) for values in seeds], "-o", color=color, label=label)
+        lowest = [min(values) for values in seeds]
+        highest = [max(values) for values in seeds]
+        axis.fill_between(x, lowest, highest, color=color, alpha=0.2, linewidth=0)
+        samples = [f"{style} N={n}" for n in NS]
+        x = [tokens_trained(repeated, name) for name in samples]
+        means = [mean(repeated.accuracy(name)) for name in samples]
+        axis.plot(x, means, "--s", color=color, label=f"{style}: 1, 4, 16 samples of 192")
     axis.set_xscale("log")
-    ex.tidy(axis, "accuracy after fine-tuning", "tokens trained on", legend=True)
+    ex.tidy(axis, f"after fine-tuning: {RIGHT}", "tokens trained on", legend=True)
     ex.save(figure, "long_cot_problems.png")
 
 
 def draw_rewards(results) -> None:
     figure, axes = ex.plt.subplots(1, 3, figsize=(14, 4.4), constrained_layout=True)
-    colours = {"cosine": BLUE, "reward A": VERMILION, "reward B": GREEN, "reward C": PURPLE}
+    looks = {  # share of white, line style
+        "cosine": (0, "-"),
+        "reward A": (-0.6, "--"),
+        "reward B": (0.4, "-."),
+        "reward C": (-0.3, ":"),
+    }
     starts = {"base": "the base model", "long": "long chains"}
     for axis, (start, words) in zip(axes, starts.items(), strict=False):
-        for reward, color in colours.items():
-            ex.band(axis, results.curves(f"{start}, {reward}", "length"), reward, color)
-        ex.tidy(axis, f"tokens per answer, from {words}", legend=start == "base")
-    for name, color, style in (("long, cosine", BLUE, "-"), ("long, no penalty", ORANGE, "--")):
+        for reward, (white, style) in looks.items():
+            curves = results.curves(f"{start}, {reward}", "length")
+            ex.band(axis, curves, reward, lighter(VERMILION, white), style)
+        ex.tidy(axis, f"tokens per answer, from {words}", legend=True)
+    for name, white, style in (("long, cosine", 0, "-"), ("long, no penalty", -0.6, "--")):
+        color = lighter(VERMILION, white)
         ex.band(axes[2], results.curves(name, "repeated"), name, color, style)
     ex.tidy(axes[2], "share of tokens in a repeated 12-gram", legend=True)
     ex.save(figure, "long_cot_rewards.png")
 
 
 def main():
-    args = ex.arguments(__doc__, seeds=5, parts=("arms", "problems"))
-    if "arms" in args.parts:
-        every_arm(args)
+    args = ex.arguments(__doc__, seeds=5, parts=("problems", "arms", "figures"))
     if "problems" in args.parts:
         asked = ex.Results(ex.runs("long_cot", ASKED, args))
         asked.update(ex.runs("long_cot", EQUAL, args))
         tables = {"asked": asked_table(asked), "equal": equal_table(asked)}
         ex.write("long_cot_problems", asked, tables, page="long_cot")
-        draw_asked(asked)
+    if "arms" in args.parts:
+        every_arm(args)
+    if "figures" in args.parts:
+        results = ex.Results(stored(ex.PAGES / "long_cot.json"))
+        draw_asked(ex.Results(stored(ex.PAGES / "long_cot_problems.json")), results)
+        draw_main(results)
+        draw_rewards(results)
 
 
 def every_arm(args) -> None:
@@ -352,8 +367,6 @@ def every_arm(args) -> None:
         "discounts": discounts_table(results),
         "compare": compare_table(results),
     })
-    draw_main(results)
-    draw_rewards(results)
 
 
 if __name__ == "__main__":

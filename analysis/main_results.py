@@ -1,6 +1,7 @@
 """All methods side by side on the embedded model -> results/main.{json,md,png}.
 
     python -m analysis.main_results     # eleven methods, five seeds, two runs at a time: 40 minutes
+    python -m analysis.main_results --parts figure      # drawn again from the JSON
 
 4,096 answers per run, the teacher's among them, where a method has no number of its own (one-shot
 EM: ten updates of 64 answers; fine-tuning: 2,048 answers of a teacher). Every run starts from the
@@ -10,7 +11,7 @@ import json
 from dataclasses import dataclass
 
 from analysis import experiment as ex
-from analysis.plot import COLOURS
+from analysis.plot import COLOURS, lighter, stored
 
 EVAL = "--eval-problems 1024"
 
@@ -108,39 +109,42 @@ def draw_rewards(axis, results) -> None:
         curves = results.curves(name, "reward")
         start = METHODS[method.start].answers if method.start else 0
         x = [start + 128 * (step + 1) for step in range(len(curves[0]))]
-        solid = method.style == "-"
-        ex.band(axis, curves, name, colour(name), method.style, x, solid)
-    title = "share of sampled answers that are right (mean of four steps)"
-    ex.tidy(axis, title, "answers drawn", legend=True)
+        ex.band(axis, curves, name, colour(name), method.style, x, fill=name == "GRPO")
+    title = "training: share of sampled answers that are right"
+    ex.tidy(axis, title, "answers drawn (means of four steps; band: GRPO's seeds)", legend=True)
 
 
 def draw_accuracy(axis, results) -> None:
     names = sorted(METHODS, key=lambda name: ex.mean(results.accuracy(name)))
     for y, name in enumerate(names):
         values = results.accuracy(name)
-        alpha = 0.75 if METHODS[name].style == "-" else 0.35
-        axis.barh(y, ex.mean(values), color=colour(name), alpha=alpha)
+        white = 0.2 if METHODS[name].style == "-" else 0.6
+        axis.barh(y, ex.mean(values), color=lighter(colour(name), white))
         axis.plot(values, [y] * len(values), "o", color="black", markersize=4)
     before = results["GRPO"][0]["summary"]["avg_at_k_before"]
     axis.axvline(before, color="black", linestyle=":", linewidth=1.5)
     axis.annotate(" before", (before, len(names) - 0.45), fontsize=11)
     axis.set_yticks(range(len(names)), names, fontsize=12)
-    title = "held-out accuracy: mean and every seed"
-    ex.tidy(axis, title, "mean of 8 answers at temperature 1")
+    axis.set_axisbelow(True)
+    ex.tidy(axis, "held-out problems: mean and every seed",
+            "share of sampled answers that are right")
     axis.tick_params(axis="y", labelsize=12)
 
 
 def main():
-    args = ex.arguments(__doc__, seeds=5)
-    results = ex.Results(ex.runs("main", ARMS, args))
-    results.update(ex.runs("main", SECOND, args))
-    tables = {"all": all_methods(results, args.seeds), "twice": bupo_twice(results)}
-    ex.write("main", results, tables)
-    figure, axes = ex.plt.subplots(1, 2, figsize=(13, 5), constrained_layout=True,
-                                   width_ratios=(1.2, 1))
-    draw_rewards(axes[0], results)
-    draw_accuracy(axes[1], results)
-    ex.save(figure, "main.png")
+    args = ex.arguments(__doc__, seeds=5, parts=("runs", "figure"))
+    if "runs" in args.parts:
+        results = ex.Results(ex.runs("main", ARMS, args))
+        results.update(ex.runs("main", SECOND, args))
+        tables = {"all": all_methods(results, args.seeds), "twice": bupo_twice(results)}
+        ex.write("main", results, tables)
+    if "figure" in args.parts:
+        results = ex.Results(stored(ex.PAGES / "main.json"))
+        figure, axes = ex.plt.subplots(1, 2, figsize=(13, 5), constrained_layout=True,
+                                       width_ratios=(1.2, 1))
+        draw_rewards(axes[0], results)
+        draw_accuracy(axes[1], results)
+        ex.save(figure, "main.png")
 
 
 if __name__ == "__main__":

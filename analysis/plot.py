@@ -16,10 +16,10 @@ from common.flags import BadInput, Parser, exit_on_bad_input
 
 COLOURS = {
     "grpo": "#0072B2",
-    "bupo": "#D55E00",
+    "bupo": "#E69F00",
     "kl3_grpo": "#009E73",
-    "ppo": "#CC79A7",
-    "entropy_min": "#E69F00",
+    "ppo": "#D55E00",
+    "entropy_min": "#CC79A7",
     "long_cot_sft": "#56B4E9",
 }
 DASHES = ("-", "--", "-.", ":")
@@ -48,6 +48,27 @@ def smooth(values: list[float], width: int | None = None) -> list[float]:
     for end in range(1, len(values) + 1):
         means.append(statistics.fmean(values[max(0, end - width):end]))
     return means
+
+
+def lighter(colour: str, share: float) -> tuple:
+    """A shade of a colour, mixed with this share of white; of black, if it is negative."""
+    from matplotlib.colors import to_rgb
+    end = 1.0 if share > 0 else 0.0
+    return tuple(part + abs(share) * (end - part) for part in to_rgb(colour))
+
+
+def stored(path: pathlib.Path) -> dict[str, list[dict]]:
+    """A page's JSON -> arm -> runs with "summary", "rows", "probe", "after", to draw them again."""
+    results = {}
+    for arm, runs in json.loads(path.read_text()).items():
+        results[arm] = []
+        for run in runs:
+            names = list(run["by_step"])
+            steps = zip(*run["by_step"].values(), strict=True)
+            rows = [dict(zip(names, step, strict=True)) for step in steps]
+            results[arm].append({"summary": run, "rows": rows, "probe": run["probe"],
+                                 "after": run["at_the_end"]})
+    return results
 
 
 def read_run(folder: str) -> dict:
@@ -117,7 +138,7 @@ def draw_curve(axis, runs, names, label, look) -> None:
 
 
 def draw_accuracy(axis, runs, look) -> None:
-    """Held-out accuracy before and after: every run thin, their mean thick."""
+    """On held-out problems, before and after: every run thin, their mean thick."""
     pairs = []
     for run in runs:
         if "avg_at_k_after" in run["summary"]:
@@ -150,13 +171,14 @@ def plot_runs(groups: dict[str, list[dict]], path: pathlib.Path) -> None:
             draw_curve(axis, runs, names, label, look)
             mark_switch(axis, runs[0]["rows"])
         draw_accuracy(axes[1][2], runs, look)
-    titles = [*PANELS, "held-out accuracy"]
+    titles = [*PANELS, "share of sampled answers that are right"]
     for axis, title in zip(axes.flat, titles, strict=True):
         axis.set_title(title, fontsize=13)
         axis.tick_params(labelsize=11)
         axis.grid(alpha=0.25)
     for axis in axes.flat[:5]:
         axis.set_xlabel("step", fontsize=12)
+    axes[1][2].set_xlabel("held-out problems", fontsize=12)
     axes[1][0].set_ylim(bottom=0, top=max(0.01, axes[1][0].get_ylim()[1]))
     axes[1][1].set_ylim(bottom=0)
     handles, labels = axes[0][1].get_legend_handles_labels()
