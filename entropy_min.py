@@ -84,9 +84,13 @@ REAL = {"max_new_tokens": 512, "lr": 2e-5}
 
 
 def choose_problems(run) -> list:
-    """What to train on: the given text, the most uncertain of --select, or the first problems."""
+    """What to train on: the given text, the most uncertain of --select, or the first problems.
+    BadInput if there are too few."""
     args = run.args
-    rows = batch_of(run.train, 0, max(args.select, args.shots), args.seed)
+    if args.shots > len(run.train):
+        raise BadInput(f"--shots {args.shots}: --data has {len(run.train)} problems to train on")
+    count = min(max(args.select, args.shots), len(run.train))  # each problem once
+    rows = batch_of(run.train, 0, count, args.seed)
     if args.problem:
         longest = causal_lm(run.model).config.max_position_embeddings - args.max_new_tokens
         rows = [{"problem": args.problem}]
@@ -110,6 +114,8 @@ def main(argv=None):
     args = parse_args(Args, REAL, __doc__, argv)
     if args.group_size % (args.shots * size()):
         raise BadInput(f"--group-size {args.group_size}: must be divisible by --shots x processes")
+    if args.problem and args.shots > 1:
+        raise BadInput(f"--shots {args.shots}: must be 1 with --problem")
     run = Run("entropy_min", args, reward)
     model = run.model
     # foreach=False: one weight after another, without temporary copies of all of them.

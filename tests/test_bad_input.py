@@ -47,6 +47,8 @@ TABLE = [
     (["kl3_grpo"], "--delta 0", "must be above 0"),
     (["kl3_grpo"], "--measure kl", "invalid choice"),
     (["entropy_min"], "--group-size 8 --shots 3", "must be divisible by --shots"),
+    (["entropy_min"], "--shots 2 --problem 1+1?", "must be 1 with --problem"),
+    (["entropy_min"], "--shots 4096 --group-size 4096", "--shots 4096: --data has 2048 problems"),
     (["ppo"], "--length-reward D", "invalid choice"),
     (["long_cot_sft"], "--traces missing.jsonl", "missing.jsonl"),
     (["long_cot_sft"], "--traces columns.jsonl", "without messages, or a prompt"),

@@ -127,15 +127,18 @@ def test_selection_takes_the_most_uncertain(monkeypatch):
         return {"answers": answers}
 
     monkeypatch.setattr(entropy_min, "evaluate", evaluated)
-    monkeypatch.setattr(entropy_min, "batch_of", lambda rows, step, size, seed: rows[:size])
+    monkeypatch.setattr(entropy_min, "batch_of",  # which begins anew behind the last row
+                        lambda rows, step, size, seed: [rows[i % 6] for i in range(size)])
     args = SimpleNamespace(problem=None, select=6, select_k=4, shots=2, max_new_tokens=8, seed=0,
                            system="")
     fake = SimpleNamespace(args=args, train=pool, model=None, tokenizer=None)
     assert entropy_min.choose_problems(fake) == ["1", "4"]
+    args.select = 99  # more than there are: each is rated once
+    assert entropy_min.choose_problems(fake) == ["1", "4"]
     args.shots = 6
     args.select = 0
     assert entropy_min.choose_problems(fake) == ["0", "1", "2", "3", "4", "5"]
-    assert asked == [(6, 4)]
+    assert asked == [(6, 4), (6, 4)]
 
 
 def test_resume_keeps_problems_and_weights(tmp_path, monkeypatch):

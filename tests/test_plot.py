@@ -72,3 +72,20 @@ def test_several_runs_need_a_name(tmp_path, capsys):
         plot.main(runs)
     assert stop.value.code == 2
     assert "-o compare.png" in capsys.readouterr().err
+
+
+def test_the_json_of_a_page_is_read_back(tmp_path):
+    """Columns by step become rows, and what stood at the end is "after"."""
+    run = {"seed": 3, "avg_at_k_after": 0.5, "probe": [{"step": 0}], "at_the_end": {"x": 1},
+           "by_step": {"reward": [0.1, 0.2], "entropy": [1.0, None]}}
+    (tmp_path / "page.json").write_text(json.dumps({"GRPO": [run]}))
+    [found] = plot.stored(tmp_path / "page.json")["GRPO"]
+    assert found["rows"] == [{"reward": 0.1, "entropy": 1.0}, {"reward": 0.2, "entropy": None}]
+    assert found["summary"]["avg_at_k_after"] == 0.5
+    assert (found["probe"], found["after"]) == ([{"step": 0}], {"x": 1})
+
+
+def test_shades_by_hand():
+    """Half of the way from (1, 0, 0.2) to white is (1, 0.5, 0.6), to black (0.5, 0, 0.1)."""
+    assert plot.lighter("#FF0033", 0.5) == pytest.approx((1.0, 0.5, 0.6))
+    assert plot.lighter("#FF0033", -0.5) == pytest.approx((0.5, 0.0, 0.1))
