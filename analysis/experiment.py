@@ -19,6 +19,7 @@ import shutil
 import statistics
 import subprocess
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -115,8 +116,8 @@ class Watched(Run):
         return result
 
 
-def one(job) -> None:
-    """Makes a run, in this process; what it prints goes to <run>.log."""
+def one(job) -> str | None:
+    """Makes a run, in this process -> what went wrong; what it prints goes to <run>.log."""
     folder, arm, flags, commit = job
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -129,10 +130,12 @@ def one(job) -> None:
         stack.enter_context(contextlib.redirect_stderr(log))
         try:
             script.main([*flags, "--output", str(folder)])
-        except SystemExit as error:
-            raise RuntimeError(f"{arm.script} {' '.join(flags)}: see {log.name}") from error
+        except (Exception, SystemExit):  # the other runs go on
+            traceback.print_exc()
+            return f"{arm.script} {' '.join(flags)}: see {log.name}"
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     (folder / "commit.txt").write_text(commit)
+    return None
 
 
 def read(folder: pathlib.Path) -> dict:
@@ -180,7 +183,10 @@ def runs(experiment: str, arms: dict[str, Arm], args, first: int = 0) -> dict[st
     missing = [job for job in jobs if not (job[0] / "commit.txt").exists()]
     if missing:
         with multiprocessing.get_context("spawn").Pool(args.workers, maxtasksperchild=1) as pool:
-            list(tqdm(pool.imap(one, missing), experiment, total=len(missing), unit="run"))
+            ends = list(tqdm(pool.imap(one, missing), experiment, total=len(missing), unit="run"))
+        failed = [end for end in ends if end]
+        if failed:
+            raise RuntimeError("\n".join(failed))
     done = [read(folder) for folder, *_ in jobs]
     return {name: done[number::len(arms)] for number, name in enumerate(arms)}
 

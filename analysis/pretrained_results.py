@@ -8,6 +8,8 @@ A part that is finished is read and not repeated. FOLDER holds the models by nam
 import argparse
 import json
 import math
+import multiprocessing
+import os
 import pathlib
 from types import SimpleNamespace
 
@@ -28,23 +30,25 @@ from long_cot_sft import ask_teacher, reward
 QWEN = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
 SMOL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 BASE = ex.ROOT / "runs" / "analysis" / "pretrained"
-STYLES = {
-    "long": ("Please reason step by step in words. When you are done, check the result by "
-             "computing it again, and put your final answer within \\boxed{}.", 2),
-    "short": ("Multiply first, then add and subtract from the left. Write one line per step and "
-              "no other words, then the result in a box. Example: Compute 12+3*4-5.\n3*4=12\n"
-              "12+12=24\n24-5=19\n\\boxed{19}", 8),
+LONG = ("Please reason step by step in words. When you are done, check the result by computing it "
+        "again, and put your final answer within \\boxed{}.")
+SHORT = ("Multiply first, then add and subtract from the left. Write one line per step and no "
+         "other words, then the result in a box. Example: Compute 12+3*4-5.\n3*4=12\n12+12=24\n"
+         "24-5=19\n\\boxed{19}")
+STYLES = {  # name -> what the teacher is told, problems, answers to each, tokens
+    "long": (LONG, 192, 8, 192),
+    "short": (SHORT, 192, 8, 192),
+    "easy": (BOXED, 256, 4, 224),  # GSM8K
 }
-PROBLEMS = {"SFT long": 96, "SFT short": 96, "SFT short, 192 problems": 192}
 TIMES = ("before", "after")
 HELD_OUT = 64
 LENGTH = 224  # longest answer to GSM8K
 TOKENS = 256  # pooled in a look inside
 
 
-def frozen(name: str, dtype: str = "bfloat16"):
+def frozen(name: str, dtype: str = "auto", device: str = "auto"):
     """A model for looking at and asking."""
-    args = SimpleNamespace(model=name, device="cpu", dtype=dtype, lora_rank=0)
+    args = SimpleNamespace(model=name, device=device, dtype=dtype, lora_rank=0)
     return load_model(args, trained=False)
 
 
@@ -60,12 +64,12 @@ def inside(name: str, problems: list[dict]) -> dict:
     torch.set_num_threads(1)
     tokenizer = load_tokenizer(name)
     prompts = [encode_prompt(tokenizer, row["problem"], BOXED) for row in problems]
-    rollout = sample(frozen(name), tokenizer, prompts, 1, 160, seed=0)
+    rollout = sample(frozen(name, "bfloat16", "cpu"), tokenizer, prompts, 1, 160, seed=0)
     ids, predicts = join(rollout.prompts, rollout.tokens, rollout.lengths)      # (B, S) each
     seeded = torch.Generator().manual_seed(0)
     order = torch.randperm(int(predicts.sum()), generator=seeded)
     predicts[predicts.clone()] = order < TOKENS
-    model = frozen(name, "float32")
+    model = frozen(name, "float32", "cpu")
     lm = causal_lm(model)
     final = lm.model(ids, use_cache=False).last_hidden_state[predicts]          # (N, D)
     size = final.pow(2).mean().sqrt()
@@ -126,7 +130,7 @@ def look(model, tokenizer, problems: list[dict], system: str, length: int) -> di
             "given a box": sum(rewards) / max(1, sum(boxed)),
         }
     rollout = sample(model, tokenizer, [encode_prompt(tokenizer, row["problem"], system)
-                                        for row in problems[:8]], 1, length, 0.0, seed=7)
+                                        for row in problems[:8]], 1, 96, 0.0, seed=7)
     found["skewness"] = skewness(model, rollout)
     return found
 
@@ -176,22 +180,38 @@ def ascend(run, optimizer) -> None:
     optimizer.param_groups[0]["maximize"] = True
 
 
-def ask(teacher: str, style: str, count: int) -> pathlib.Path:
-    """The teacher's verified answers to the arithmetic problems, 32 problems at a time."""
-    path = BASE / f"traces-{style}-{count}.jsonl"
+def ends(answers: list[dict]) -> dict:
+    """Of an evaluation's answers: the share that end, and how many of those are right."""
+    ended = [value for row in answers for value in row["finished"]]
+    rewards = [value for row in answers for value in row["rewards"]]
+    return {"ended": ex.mean(ended), "right_if_ended": sum(rewards) / max(1, sum(ended))}
+
+
+def easy_file(args, split: str) -> pathlib.Path:
+    """The easy problems of GSM8K as a file of their own."""
+    path = BASE / f"gsm8k-easy-{split}.jsonl"
+    rows = easy(args.gsm8k[split == "test"], split)
+    lines = [json.dumps(row) + "\n" for row in rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    own = path.with_suffix(f".{os.getpid()}")  # another process may write it as well
+    own.write_text("".join(lines))
+    own.replace(path)
+    return path
+
+
+def ask(job) -> pathlib.Path:
+    """The teacher's verified answers in a style, 512 at a time, in a process of its own."""
+    teacher, style, problems = job
+    path = BASE / f"traces-{style}.jsonl"
     rows = ex.read_lines(path)
-    problems = load_problems("arithmetic")[len(rows):count]
-    if not problems:
-        return path
+    system, count, samples, tokens = STYLES[style]
     torch.set_num_threads(1)
     model, tokenizer = frozen(teacher), load_tokenizer(teacher)
-    system, samples = STYLES[style]
-    how = SimpleNamespace(samples=samples, teacher_max_new_tokens=192, teacher_temperature=0.7,
+    how = SimpleNamespace(samples=samples, teacher_max_new_tokens=tokens, teacher_temperature=0.7,
                           keep="verified")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for start in range(0, len(problems), 32):
-        batch = problems[start:start + 32]
-        found = ask_teacher(model, tokenizer, batch, system, len(rows), how)
+    batch = 512 // samples
+    for start in range(len(rows), count, batch):
+        found = ask_teacher(model, tokenizer, problems[start:start + batch], system, start, how)
         rows += found
         with open(path, "a") as file:
             file.writelines(json.dumps(row) + "\n" for row in found)
@@ -199,30 +219,69 @@ def ask(teacher: str, style: str, count: int) -> pathlib.Path:
 
 
 def distil(args) -> dict:
-    """The student learns from both styles, and from four times as many problems of one."""
+    """Students of the long and the short style in arithmetic, and of GSM8K's easy problems."""
+    sources = {"long": "arithmetic", "short": "arithmetic", "easy": str(easy_file(args, "train"))}
+    jobs = []
+    for style, source in sources.items():
+        if len(ex.read_lines(BASE / f"traces-{style}.jsonl")) < STYLES[style][1]:
+            jobs.append((args.at(QWEN), style, load_problems(source, count=STYLES[style][1])))
+    with multiprocessing.get_context("spawn").Pool(min(3, args.workers)) as pool:
+        pool.map(ask, jobs, chunksize=1)
     arms = {}
-    for name, count in PROBLEMS.items():
-        style = "long" if name == "SFT long" else "short"
-        traces = ask(args.at(QWEN), style, count)
-        arms[name] = Arm(
-            "long_cot_sft.py", f"--model {args.at(SMOL)} --traces {traces} "
-            "--dtype bfloat16 --epochs 3 --batch-size 16 --lr 1e-4 --max-new-tokens 160 "
-            "--eval-problems 48 --micro-batch-tokens 2048")
+    for style, source in sources.items():
+        flags = "--max-new-tokens 160"
+        if style == "easy":
+            flags = f"--data {source} --eval-data {easy_file(args, 'test')} " \
+                    f"--max-new-tokens {LENGTH}"
+        arms[f"SFT {style}"] = Arm(
+            "long_cot_sft.py", f"--model {args.at(SMOL)} --traces {BASE}/traces-{style}.jsonl "
+            "--dtype bfloat16 --epochs 3 --batch-size 16 --lr 1e-4 --eval-problems 96 "
+            f"--micro-batch-tokens 4096 {flags}", prepare=no_checkpoints, count=ends)
     return ex.runs("pretrained/distil", arms, args)
 
 
+def reinforced(args, name: str, student: str, flags: str, methods: dict[str, tuple]) -> dict:
+    """Methods from a student, seed by seed from the student of that seed."""
+    model = BASE / "distil" / f"SFT_{student}-{{seed}}" / "model"
+    flags = (f"--model {model} --dtype bfloat16 --prompts-per-step 8 --group-size 8 "
+             f"--eval-problems 96 --micro-batch-tokens 4096 {flags}")
+    arms = {}
+    for method, (script, own) in methods.items():
+        arms[method] = Arm(script, f"{flags} {own}", prepare=no_checkpoints, count=ends)
+    return ex.runs(f"pretrained/{name}", arms, args)
+
+
+GRPO = {"GRPO": ("grpo.py", "--lr 3e-5")}
+
+
 def reinforce(args) -> dict:
-    """From the better student of the short style: four methods, equally many rollouts."""
-    student = BASE / "distil" / "SFT_short,_192_problems-0" / "model"
-    flags = (f"--model {student} --dtype bfloat16 --steps 10 --prompts-per-step 8 --group-size 8 "
-             "--max-new-tokens 64 --eval-problems 96 --micro-batch-tokens 2048 ")
-    arms = {
-        "GRPO": Arm("grpo.py", flags + "--lr 3e-5"),
-        "BuPO": Arm("bupo.py", flags + "--lr 3e-5 --layer auto --internal-steps 2"),
-        "ATR-GRPO": Arm("kl3_grpo.py", flags + "--lr 2e-5 --updates-per-rollout 2"),
-        "PPO": Arm("ppo.py", flags + "--lr 2e-5 --updates-per-rollout 2 --critic-lr 1e-4"),
-    }
-    return ex.runs("pretrained/reinforce", arms, args)
+    """Equally many rollouts of each method from the student of the short style."""
+    return reinforced(args, "reinforce", "short", "--steps 16 --max-new-tokens 64", {
+        **GRPO,
+        "BuPO": ("bupo.py", "--lr 3e-5 --layer auto --internal-steps 2"),
+        "ATR-GRPO": ("kl3_grpo.py", "--lr 2e-5 --updates-per-rollout 2"),
+        "clip, two updates": ("kl3_grpo.py", "--lr 2e-5 --updates-per-rollout 2 --measure ratio"),
+        "PPO": ("ppo.py", "--lr 2e-5 --updates-per-rollout 2 --critic-lr 1e-4"),
+    })
+
+
+def from_long(args) -> dict:
+    return reinforced(args, "from-long", "long", "--steps 10 --max-new-tokens 160", GRPO)
+
+
+def from_easy(args) -> dict:
+    files = f"--data {easy_file(args, 'train')} --eval-data {easy_file(args, 'test')}"
+    flags = f"--steps 10 --max-new-tokens {LENGTH} {files}"
+    return reinforced(args, "from-easy", "easy", flags, GRPO)
+
+
+def on_qwen(args) -> dict:
+    """GRPO on the larger model itself, all weights."""
+    flags = (f"--model {args.at(QWEN)} --dtype bfloat16 --steps 20 --prompts-per-step 8 "
+             "--group-size 8 --max-new-tokens 128 --lr 1e-5 --eval-problems 96 "
+             "--micro-batch-tokens 4096")
+    arms = {"GRPO": Arm("grpo.py", flags, prepare=no_checkpoints, count=ends)}
+    return ex.runs("pretrained/qwen", arms, args)
 
 
 def most_uncertain(name: str, train: str) -> str:
@@ -234,33 +293,29 @@ def most_uncertain(name: str, train: str) -> str:
 
 
 def one_shot(args) -> dict:
-    """Ten updates on one problem, two of it and of its controls, and the model before."""
+    """Ten updates on one problem, of it and of its controls, and the model before."""
     name = args.at(QWEN)
-    held_out = easy(args.gsm8k[1], "test")[:HELD_OUT]
-    before = cached("before-em", untrained, name, held_out)
-    train = BASE / "gsm8k-easy.jsonl"
-    rows = easy(args.gsm8k[0], "train")
-    lines = [json.dumps(row) + "\n" for row in rows]
-    train.write_text("".join(lines))
+    train = easy_file(args, "train")
+    before = cached("before-em", untrained, name, easy(args.gsm8k[1], "test")[:HELD_OUT])
     problems = {"chosen": cached("problem", most_uncertain, name, str(train)),
                 "random": batch_of(load_problems(str(train)), 0, 1, seed=1)[0]["problem"]}
     for which, problem in problems.items():  # no label is read
         row = {"problem": problem, "answer": "0"}
         (BASE / f"{which}.jsonl").write_text(json.dumps(row))
 
-    def arm(flags, which="chosen", prepare=no_checkpoints):
+    def arm(flags="", which="chosen", prepare=no_checkpoints):
         return Arm(
             "entropy_min.py", f"--model {name} --data {BASE}/{which}.jsonl --dtype bfloat16 "
-            f"--eval-data {args.gsm8k[1]} --eval-problems 0 --group-size 8 "
+            f"--eval-data {args.gsm8k[1]} --eval-problems 0 --steps 10 --group-size 32 "
             f"--max-new-tokens {LENGTH} --micro-batch-tokens 2048 {flags}",
             prepare=prepare, after=after_em)
 
     arms = {
-        "EM": arm("--steps 10"),
-        "EM, 2 updates": arm("--steps 2"),
-        "random problem, 2 updates": arm("--steps 2", "random"),
-        "entropy ascent, 2 updates": arm("--steps 2", prepare=ascend),
-        "loss temperature 1, 2 updates": arm("--steps 2 --loss-temperature 1"),
+        "EM": arm(),
+        "random problem": arm(which="random"),
+        "entropy ascent": arm(prepare=ascend),
+        "loss temperature 1": arm("--loss-temperature 1"),
+        "lr 2e-6": arm("--lr 2e-6"),
     }
     return {"before": before, **ex.runs("pretrained/em", arms, args)}
 
@@ -271,6 +326,7 @@ def cached(name: str, make, *given):
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(make(*given)))
+        torch.cuda.empty_cache()  # the runs need it
     return json.loads(path.read_text())
 
 
@@ -342,48 +398,98 @@ def draw_inside(found: dict) -> None:
 
 
 def em_table(found: dict) -> str:
-    heads = ["", "temperature", "accuracy", "ended", "boxed", "accuracy given a box", "tokens",
-             "skewness of logits"]
-    rows = []
-    views = {"before": found["before"]}
+    """Means over seeds; the error of an accuracy is over problems, the mean of the seeds'."""
+    heads = ["", "temperature", "accuracy, by seed", "error", "ended", "boxed",
+             "accuracy given a box", "tokens", "skewness of logits"]
+    views = {"before": [found["before"]]}
     for name in list(found)[1:]:
-        views[name] = found[name][0]["after"]
+        views[name] = [result["after"] for result in found[name]]
+    rows = []
     for temperature in ("0.0", "0.5"):
-        for name, view in views.items():
-            row = view[temperature]
-            rows.append([name, temperature, f"{row['accuracy']:.3f} ± {row['error']:.3f}",
-                         f"{row['ended']:.2f}", f"{row['boxed']:.2f}", f"{row['given a box']:.2f}",
-                         f"{row['length']:.0f}",
-                         f"{view['skewness']:.3f}" if temperature == "0.0" else ""])
+        for name, seeds in views.items():
+            readings = [view[temperature] for view in seeds]
+
+            def of(key, readings=readings):
+                return ex.mean([reading[key] for reading in readings])
+
+            skew = ex.mean([view["skewness"] for view in seeds])
+            rows.append([
+                name, temperature, ", ".join(f"{row['accuracy']:.3f}" for row in readings),
+                f"± {of('error'):.3f}", f"{of('ended'):.2f}", f"{of('boxed'):.2f}",
+                f"{of('given a box'):.2f}", f"{of('length'):.0f}",
+                f"{skew:.3f}" if temperature == "0.0" else ""])
     return ex.table(heads, rows)
+
+
+def minus(a: list[dict], b: list[dict]) -> str:
+    """Mean difference ± its error: over problems for one seed, over seeds and problems for more."""
+    found = []
+    for x, y in zip(a, b, strict=True):
+        found.append(ex.mean(x["summary"]["by_problem_after"])
+                     - ex.mean(y["summary"]["by_problem_after"]))
+    error = ex.crossed(a, b)
+    if len(a) == 1:
+        return ex.paired(a[0]["summary"]["by_problem_after"], b[0]["summary"]["by_problem_after"])
+    return f"{ex.mean(found):+.3f} ± {error:.3f}"
+
+
+def as_before(result: dict) -> dict:
+    """What minus() reads, of the model before training."""
+    about = result["summary"]
+    return {"summary": {"by_problem_after": about["by_problem_before"],
+                        "right_after": about["right_before"]}}
 
 
 def trained_table(found: dict) -> str:
-    """Of every run; differences and their errors are paired by problem."""
+    """A row per arm, means over seeds, the changes seed by seed."""
     first = list(found)[0]
-    heads = ["run", "Avg@8 before", "after", "change", f"minus {first}", "Pass@8 before", "after",
-             "tokens before", "after", "\"however\" before", "after", "largest gap, nats", "s"]
+    heads = ["run", "seeds", "Avg@8 before", "after", "change", "by seed", f"minus {first}",
+             "ended before", "after", "right if ended before", "after", "tokens before", "after",
+             "\"however\" before", "after", "largest gap, nats", "s"]
     rows = []
     for name, results in found.items():
-        for result, other in zip(results, found[first], strict=True):
-            about = result["summary"]
-            before, after = about["by_problem_before"], about["by_problem_after"]
-            words = [about.get(f"reflection_{when}", {}) for when in TIMES]
-            gaps = [row["gap_max"] for row in result["rows"] if "gap_max" in row]
-            title = f"{name}, seed {result['seed']}" if len(results) > 1 else name
-            rows.append([
-                title, *[f"{about[f'avg_at_k_{when}']:.3f}" for when in TIMES],
-                ex.paired(after, before),
-                "" if name == first else ex.paired(after, other["summary"]["by_problem_after"]),
-                *[f"{about[f'pass_at_{when}']['8']:.2f}" for when in TIMES],
-                *[f"{about[f'length_{when}']:.0f}" for when in TIMES],
-                *[f"{rates['however']:.3f}" if rates else "" for rates in words],
-                f"{max(gaps):.2f}" if gaps else "", f"{about['seconds']:.0f}"])
+        summaries = [result["summary"] for result in results]
+        before = [as_before(result) for result in results]
+        changes = [about["avg_at_k_after"] - about["avg_at_k_before"] for about in summaries]
+        gaps = [row["gap_max"] for result in results for row in result["rows"] if "gap_max" in row]
+
+        def of(reading, digits, summaries=summaries):
+            return [f"{ex.mean([reading(about, when) for about in summaries]):.{digits}f}"
+                    for when in TIMES]
+
+        words = ["", ""]
+        if "reflection_after" in summaries[0]:
+            words = of(lambda about, when: about[f"reflection_{when}"]["however"], 3)
+        rows.append([
+            name, len(results),
+            *of(lambda about, when: about[f"avg_at_k_{when}"], 3),
+            minus(results, before),
+            ", ".join(f"{change:+.3f}" for change in changes),
+            "" if name == first else minus(results, found[first]),
+            *of(lambda about, when: about[f"count_{when}"]["ended"], 2),
+            *of(lambda about, when: about[f"count_{when}"]["right_if_ended"], 3),
+            *of(lambda about, when: about[f"length_{when}"], 0),
+            *words,
+            f"{max(gaps):.2f}" if gaps else "",
+            f"{ex.mean([about['seconds'] for about in summaries]):.0f}"])
     return ex.table(heads, rows)
 
 
-PARTS = {"inside": (look_inside, inside_table), "em": (one_shot, em_table),
-         "distil": (distil, trained_table), "reinforce": (reinforce, trained_table)}
+def distilled_table(found: dict) -> str:
+    """Arithmetic, then GSM8K."""
+    arithmetic = {name: of for name, of in found.items() if name != "SFT easy"}
+    return trained_table(arithmetic) + "\n" + trained_table({"SFT easy": found["SFT easy"]})
+
+
+PARTS = {
+    "inside": (look_inside, inside_table),
+    "em": (one_shot, em_table),
+    "distil": (distil, distilled_table),
+    "reinforce": (reinforce, trained_table),
+    "from-long": (from_long, trained_table),
+    "from-easy": (from_easy, trained_table),
+    "qwen": (on_qwen, trained_table),
+}
 
 
 def main():
@@ -393,14 +499,15 @@ def main():
     parser.add_argument("--gsm8k", nargs=2, default=["openai/gsm8k:main"] * 2,
                         metavar=("TRAIN", "TEST"))
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time")
+    parser.add_argument("--more", default="", help="flags for every run, to try it out")
     args = parser.parse_args()
-    args.workers, args.more = 1, ""
 
     def at(name):
         if args.models is None:
             return name
-        return str(pathlib.Path(args.models) / name.split("/")[1])
+        return str(pathlib.Path(args.models).resolve() / name.split("/")[1])
 
     args.at = at
     torch.set_num_threads(1)
@@ -413,7 +520,7 @@ def main():
             draw_inside(found)
             (ex.PAGES / "pretrained_inside.json").write_text(json.dumps(found) + "\n")
         else:
-            results.update({arm: of for arm, of in found.items() if arm != "before"})
+            results.update({f"{part}: {arm}": of for arm, of in found.items() if arm != "before"})
     ex.write("pretrained", results, tables)
 
 
