@@ -266,10 +266,12 @@ def reinforce(args) -> dict:
 
 
 def from_long(args) -> dict:
+    """GRPO from the student of the long style."""
     return reinforced(args, "from-long", "long", "--steps 10 --max-new-tokens 160", GRPO)
 
 
 def from_easy(args) -> dict:
+    """GRPO from the student of GSM8K's easy problems."""
     files = f"--data {easy_file(args, 'train')} --eval-data {easy_file(args, 'test')}"
     flags = f"--steps 10 --max-new-tokens {LENGTH} {files}"
     return reinforced(args, "from-easy", "easy", flags, GRPO)
@@ -422,22 +424,19 @@ def em_table(found: dict) -> str:
 
 
 def minus(a: list[dict], b: list[dict]) -> str:
-    """Mean difference ± its error: over problems for one seed, over seeds and problems for more."""
-    found = []
+    """Mean difference of two arms' Avg@8 after training, seeds paired and averaged ± its standard
+    error over problems."""
+    by_seed = []
     for x, y in zip(a, b, strict=True):
-        found.append(ex.mean(x["summary"]["by_problem_after"])
-                     - ex.mean(y["summary"]["by_problem_after"]))
-    error = ex.crossed(a, b)
-    if len(a) == 1:
-        return ex.paired(a[0]["summary"]["by_problem_after"], b[0]["summary"]["by_problem_after"])
-    return f"{ex.mean(found):+.3f} ± {error:.3f}"
+        after = x["summary"]["by_problem_after"]
+        by_seed.append(ex.differences(after, y["summary"]["by_problem_after"]))
+    by_problem = [ex.mean(of_seeds) for of_seeds in zip(*by_seed, strict=True)]
+    return f"{ex.mean(by_problem):+.3f} ± {ex.standard_error(by_problem):.3f}"
 
 
 def as_before(result: dict) -> dict:
     """What minus() reads, of the model before training."""
-    about = result["summary"]
-    return {"summary": {"by_problem_after": about["by_problem_before"],
-                        "right_after": about["right_before"]}}
+    return {"summary": {"by_problem_after": result["summary"]["by_problem_before"]}}
 
 
 def trained_table(found: dict) -> str:
@@ -445,31 +444,31 @@ def trained_table(found: dict) -> str:
     first = list(found)[0]
     heads = ["run", "seeds", "Avg@8 before", "after", "change", "by seed", f"minus {first}",
              "ended before", "after", "right if ended before", "after", "tokens before", "after",
-             "\"however\" before", "after", "largest gap, nats", "s"]
+             "largest gap, nats", "s"]
     rows = []
     for name, results in found.items():
-        summaries = [result["summary"] for result in results]
         before = [as_before(result) for result in results]
+        columns = []
+        for when in TIMES:
+            summaries = [result["summary"] for result in results]
+            counts = [about[f"count_{when}"] for about in summaries]
+            columns.append({
+                "avg": ex.mean([about[f"avg_at_k_{when}"] for about in summaries]),
+                "ended": ex.mean([count["ended"] for count in counts]),
+                "right": ex.mean([count["right_if_ended"] for count in counts]),
+                "tokens": ex.mean([about[f"length_{when}"] for about in summaries]),
+            })
+        start, end = columns
         changes = [about["avg_at_k_after"] - about["avg_at_k_before"] for about in summaries]
         gaps = [row["gap_max"] for result in results for row in result["rows"] if "gap_max" in row]
-
-        def of(reading, digits, summaries=summaries):
-            return [f"{ex.mean([reading(about, when) for about in summaries]):.{digits}f}"
-                    for when in TIMES]
-
-        words = ["", ""]
-        if "reflection_after" in summaries[0]:
-            words = of(lambda about, when: about[f"reflection_{when}"]["however"], 3)
         rows.append([
-            name, len(results),
-            *of(lambda about, when: about[f"avg_at_k_{when}"], 3),
+            name, len(results), f"{start['avg']:.3f}", f"{end['avg']:.3f}",
             minus(results, before),
             ", ".join(f"{change:+.3f}" for change in changes),
             "" if name == first else minus(results, found[first]),
-            *of(lambda about, when: about[f"count_{when}"]["ended"], 2),
-            *of(lambda about, when: about[f"count_{when}"]["right_if_ended"], 3),
-            *of(lambda about, when: about[f"length_{when}"], 0),
-            *words,
+            f"{start['ended']:.2f}", f"{end['ended']:.2f}",
+            f"{start['right']:.3f}", f"{end['right']:.3f}",
+            f"{start['tokens']:.0f}", f"{end['tokens']:.0f}",
             f"{max(gaps):.2f}" if gaps else "",
             f"{ex.mean([about['seconds'] for about in summaries]):.0f}"])
     return ex.table(heads, rows)
@@ -481,14 +480,14 @@ def distilled_table(found: dict) -> str:
     return trained_table(arithmetic) + "\n" + trained_table({"SFT easy": found["SFT easy"]})
 
 
-PARTS = {
-    "inside": (look_inside, inside_table),
-    "em": (one_shot, em_table),
-    "distil": (distil, distilled_table),
-    "reinforce": (reinforce, trained_table),
-    "from-long": (from_long, trained_table),
-    "from-easy": (from_easy, trained_table),
-    "qwen": (on_qwen, trained_table),
+PARTS = {  # name -> what makes it, its table, seeds
+    "inside": (look_inside, inside_table, 1),
+    "em": (one_shot, em_table, 2),
+    "distil": (distil, distilled_table, 3),
+    "reinforce": (reinforce, trained_table, 3),
+    "from-long": (from_long, trained_table, 1),
+    "from-easy": (from_easy, trained_table, 3),
+    "qwen": (on_qwen, trained_table, 2),
 }
 
 
@@ -499,7 +498,6 @@ def main():
     parser.add_argument("--gsm8k", nargs=2, default=["openai/gsm8k:main"] * 2,
                         metavar=("TRAIN", "TEST"))
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
-    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=1, help="runs at a time")
     parser.add_argument("--more", default="", help="flags for every run, to try it out")
     args = parser.parse_args()
@@ -513,7 +511,7 @@ def main():
     torch.set_num_threads(1)
     tables, results = {}, {}
     for part in args.parts:
-        make, as_table = PARTS[part]
+        make, as_table, args.seeds = PARTS[part]
         found = make(args)
         tables[part] = as_table(found)
         if part == "inside":
