@@ -9,8 +9,8 @@
 
 Nothing random is kept between steps: data order and answers follow from (seed, step). So a
 checkpoint is weights, moments and what has been logged, and on a CPU a resumed run ends with the
-very weights of an uninterrupted one. Files that are not appended to are written beside their place
-and renamed into it, so that they are whole whatever moment a run dies at.
+very weights of an uninterrupted one. Files are written beside their place and renamed into it, so
+they are whole whatever moment a run dies at.
 """
 import importlib
 import itertools
@@ -43,7 +43,7 @@ from common.models import causal_lm, end_of_turn, load_model, load_tokenizer, me
 EVAL_K = 8   # answers to each held-out problem
 SAVES = 10   # checkpoints in a run, evenly spaced; the last one stays
 SHOWN = 4    # answers per step in rollouts.jsonl
-KEPT = ("script", "data_hash", "model", "seed", "lora_rank", "layer")  # what --resume cannot change
+FIXED = ("script", "data_hash", "model", "seed", "lora_rank", "layer")  # --resume keeps these
 
 
 class Run:
@@ -57,7 +57,8 @@ class Run:
         self.summary = {}
         self.rows = []     # of metrics.jsonl
         self.answers = []  # of rollouts.jsonl
-        self.tensors = []  # of the checkpoint
+        self.tensors = []  # of the checkpoint to go on from
+        self.config = {}   # of the run to go on with
         self.warned = set()
         args.output = args.resume or args.output
         self.folder = pathlib.Path(args.output or f"runs/{name}")
@@ -65,21 +66,13 @@ class Run:
             raise BadInput(f"--output {self.folder}: holds something already; take another folder, "
                            f"or --resume {self.folder}")
         updates = size() * getattr(args, "updates_per_rollout", 1)
-        if hasattr(args, "prompts_per_step") and args.prompts_per_step % updates:
+        if getattr(args, "prompts_per_step", updates) % updates:
             raise BadInput(f"--prompts-per-step {args.prompts_per_step}: must be divisible by "
                            f"--updates-per-rollout x processes, {updates}")
         if args.track and importlib.util.find_spec(args.track) is None:
             raise BadInput(f"--track {args.track}: not installed, pip install {args.track}")
         train, held_out = load_train_and_eval(args)
-        self.config = {
-            "script": name,
-            "data_hash": fingerprint(train, held_out),
-            "command": sys.argv,
-            "commit": commit(),
-            "versions": {
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "python": platform.python_version()}}
+        self.data_hash = fingerprint(train, held_out)
         if args.resume:
             self.resume()
         torch.manual_seed(args.seed)  # new adapters draw from it
@@ -92,19 +85,21 @@ class Run:
 
     def resume(self) -> None:
         """Reads config.json and checkpoint. BadInput if they are damaged or another run's."""
-        config, flags = read_config(self.folder)
-        had = {**flags, **config}
-        has = {**vars(self.args), **self.config}
-        for name in KEPT:
+        self.config, flags = read_config(self.folder)
+        had = {**flags, **self.config}
+        has = {**vars(self.args), "script": self.name, "data_hash": self.data_hash}
+        for name in FIXED:
             if had.get(name) != has.get(name):
                 raise BadInput(f"--resume {self.folder}: {name} {has.get(name)}: that run has "
                                f"{had.get(name)}, and keeps it")
-        self.config = config
         place = self.folder / "checkpoint.pt"
-        if place.exists():
-            saved = load_checkpoint(place)
-            self.summary, self.rows = saved["summary"], saved["rows"]
-            self.answers, self.tensors = saved["answers"], saved["tensors"]
+        try:
+            self.summary, self.rows, self.answers, self.tensors = torch.load(
+                place, "cpu", weights_only=True, mmap=True)
+        except FileNotFoundError:
+            pass  # killed before the first one
+        except Exception as error:  # a damaged file fails in any way it likes
+            raise BadInput(f"{place}: cannot be gone on with ({type(error).__name__})") from error
         print(f"going on from step {len(self.rows)} of {self.args.steps} in {self.folder}")
 
     def describe(self) -> None:
@@ -141,8 +136,18 @@ class Run:
         args.output = everyone(args.output)[0]
         self.folder = pathlib.Path(args.output)
         self.folder.mkdir(parents=True, exist_ok=True)
-        device = str(causal_lm(self.model).device)
-        config = {"device": device, **self.config, "flags": vars(args)}
+        config = {
+            "script": self.name,
+            "data_hash": self.data_hash,
+            "command": sys.argv,
+            "commit": commit(),
+            "device": str(causal_lm(self.model).device),
+            "versions": {
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "python": platform.python_version()},
+            **self.config,
+            "flags": vars(args)}
         self.write("config.json", json.dumps(config, indent=1))
 
     def begin(self, optimizer, *others) -> int:
@@ -151,12 +156,12 @@ class Run:
         others: tensors that checkpoints keep beside the optimiser's weights and moments.
         """
         self.optimizer = optimizer
-        self.others = others
+        self.kept = list(others)
+        for group in optimizer.param_groups:
+            self.kept += [weight for weight in group["params"] if weight.requires_grad]
         if self.tensors:
-            restore(self.tensors, optimizer, others)
+            self.restore()
         self.make_folder()
-        self.write("metrics.jsonl", json_lines(self.rows))  # without steps that are made again
-        self.write("rollouts.jsonl", json_lines(self.answers))
         if self.held_out and "avg_at_k_before" not in self.summary:
             self.measure("before")
         first = len(self.rows)
@@ -164,20 +169,23 @@ class Run:
             self.save(0)
         self.track = None
         if self.args.track and rank() == 0:
-            self.track = tracker(self.args.track, self.folder)
+            self.track = tracker(self.args.track, self.folder, vars(self.args))
         self.bar = tqdm(total=self.args.steps, initial=first, desc=self.name, unit="step",
-                        dynamic_ncols=True, disable=rank() > 0)
+                        disable=rank() > 0)
         self.started = time.perf_counter()
         return first
+
+    def restore(self) -> None:
+        """Puts the checkpoint's tensors and their moments back; the learning rate is the flag's."""
+        for tensor, saved in zip(self.kept, self.tensors, strict=True):
+            moments = {name: split_like(value, tensor) for name, value in saved.items()}
+            tensor.data.copy_(moments.pop("value"))
+            if moments:
+                self.optimizer.state[tensor] = moments
 
     def write(self, name: str, text: str) -> None:
         if rank() == 0:
             write_whole(self.folder / name, text)
-
-    def append(self, name: str, rows: list[dict]) -> None:
-        if rank() == 0:
-            with open(self.folder / name, "a", encoding="utf-8") as file:
-                file.write(json_lines(rows))
 
     def elapsed(self) -> float:
         """Seconds of this step so far."""
@@ -192,16 +200,16 @@ class Run:
         parts: metrics of micro-batches, which add up over an update; the largest of those in
         _max. grad_norms: one per update.
         """
-        row = {"step": step + 1, **values, "seconds": self.elapsed()}
+        done = step + 1
+        row = {"step": done, **values, "seconds": self.elapsed()}
         if rewards is not None:
-            row["reward"] = total(rewards.sum().item()) / total(rewards.numel())
-            equal = rewards.max(1).values == rewards.min(1).values                      # (P,)
-            row["no_signal"] = total(int(equal.sum())) / total(len(rewards))
+            row["reward"] = mean(rewards)
+            row["no_signal"] = mean(rewards.max(1).values == rewards.min(1).values)
         if rollout is not None:
-            answers, tokens = total(len(rollout.mask)), total(int(rollout.lengths.sum()))
-            row["length"] = tokens / answers
-            row["truncated"] = 1 - total(int(rollout.finished.sum())) / answers
-            row["entropy"] = total(rollout.entropy.sum().item()) / max(1, tokens)
+            tokens = total(rollout.lengths.sum().item())
+            row["length"] = mean(rollout.lengths)
+            row["truncated"] = 1 - mean(rollout.finished)
+            row["entropy"] = total(rollout.entropy.sum().item()) / tokens
             row["tokens_per_second"] = tokens / row["seconds"]
         for name in parts[0] if parts else ():
             found = [part[name] for part in parts]
@@ -212,18 +220,17 @@ class Run:
         row["grad_norm"] = statistics.fmean(grad_norms)
         row["skipped"] = sum(not math.isfinite(norm) for norm in grad_norms)
         every = self.args.eval_every
-        if every and (step + 1) % every == 0 and step + 1 < self.args.steps and self.held_out:
+        if every and done % every == 0 and done < self.args.steps and self.held_out:
             row["avg_at_k"] = self.evaluate()["avg_at_k"]
         for name, value in row.items():
             row[name] = float(f"{value:.5g}") if isinstance(value, float) else value
         self.rows.append(row)
-        self.append("metrics.jsonl", [row])
+        self.write("metrics.jsonl", json_lines(self.rows))
         if rollout is not None:
-            answers = some_answers(step + 1, problems, rollout, rewards)
-            self.answers += answers
-            self.append("rollouts.jsonl", answers)
+            self.answers += some_answers(done, problems, rollout, rewards)
+            self.write("rollouts.jsonl", json_lines(self.answers))
         if self.track is not None:
-            self.track(row)
+            self.track({name: x for name, x in row.items() if x is not None}, step=done)
         shown = ("reward", "loss", "length", "entropy", "tokens_per_second")
         self.bar.set_postfix({name: f"{row[name]:.3g}" for name in shown if name in row})
         self.bar.update()
@@ -266,11 +273,25 @@ class Run:
         return result
 
     def save(self, step: int) -> None:
-        """A checkpoint after `step` steps, if one is due."""
+        """Weights, moments and what was logged in `step` steps in a file, if one is due.
+
+        OSError if it cannot be written.
+        """
         if step % max(1, self.args.steps // SAVES) and step < self.args.steps:
             return
-        state = {"summary": self.summary, "rows": self.rows, "answers": self.answers}
-        save_checkpoint(self.folder / "checkpoint.pt", state, self.optimizer, self.others)
+        tensors = []
+        for tensor in self.kept:
+            saved = {"value": tensor.data, **self.optimizer.state.get(tensor, {})}
+            tensors.append({name: whole(value) for name, value in saved.items()})
+        if rank() > 0:
+            return
+        place = self.folder / "checkpoint.pt"
+        temporary = place.with_suffix(".tmp")
+        try:
+            torch.save((self.summary, self.rows, self.answers, tensors), temporary)
+        except RuntimeError as error:  # what torch raises where the disk is full
+            raise OSError(f"{place} cannot be written: is the disk full?") from error
+        temporary.replace(place)
 
     def finish(self) -> dict | None:
         """Saves the model, evaluates, prints some answers and places -> what measure() gave."""
@@ -296,46 +317,9 @@ class Run:
         self.write("summary.json", json.dumps(self.summary, indent=1))
 
 
-def kept_tensors(optimizer, others) -> list:
-    """What a checkpoint holds: the weights that the optimiser trains, and further tensors."""
-    weights = []
-    for group in optimizer.param_groups:
-        weights += [weight for weight in group["params"] if weight.requires_grad]
-    return [*weights, *others]
-
-
-def save_checkpoint(place: pathlib.Path, state: dict, optimizer, others) -> None:
-    """state, and every tensor with its moments, in one file. Every rank must call it, the first
-    one writes. OSError if it cannot be written."""
-    tensors = []
-    for tensor in kept_tensors(optimizer, others):
-        saved = {"value": tensor.data, **optimizer.state.get(tensor, {})}
-        tensors.append({name: whole(value) for name, value in saved.items()})
-    if rank() > 0:
-        return
-    temporary = place.with_suffix(".tmp")
-    try:
-        torch.save({**state, "tensors": tensors}, temporary)
-    except RuntimeError as error:  # what torch raises where the disk is full
-        raise OSError(f"{place} cannot be written: is the disk full?") from error
-    temporary.replace(place)
-
-
-def load_checkpoint(place: pathlib.Path) -> dict:
-    """What save_checkpoint has written: the state, and "tensors". BadInput if it is damaged."""
-    try:
-        return torch.load(place, "cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a damaged file fails in any way it likes
-        raise BadInput(f"{place}: cannot be gone on with, {type(error).__name__}") from error
-
-
-def restore(tensors: list[dict], optimizer, others) -> None:
-    """Puts the tensors of a checkpoint and their moments back; learning rates stay as they are."""
-    for tensor, saved in zip(kept_tensors(optimizer, others), tensors, strict=True):
-        moments = {name: split_like(value, tensor) for name, value in saved.items()}
-        tensor.data.copy_(moments.pop("value"))
-        if moments:
-            optimizer.state[tensor] = moments
+def mean(tensor) -> float:
+    """Over the elements of all ranks."""
+    return total(tensor.sum().item()) / total(tensor.numel())
 
 
 def save_model(folder: pathlib.Path, model, tokenizer, args) -> None:
@@ -374,8 +358,8 @@ def some_answers(step: int, problems: list[dict], rollout, rewards) -> list[dict
             "problem": problem["problem"],
             "answer": problem.get("answer"),
             "reward": None if rewards is None else rewards.flatten()[i].item(),
-            "length": int(rollout.lengths[i]),
-            "finished": bool(rollout.finished[i]),
+            "length": rollout.lengths[i].item(),
+            "finished": rollout.finished[i].item(),
             "text": text})
     return rows
 
@@ -383,32 +367,33 @@ def some_answers(step: int, problems: list[dict], rollout, rewards) -> list[dict
 def model_card(run) -> str:
     """README.md of model/: base, method, data, command, accuracy before and after."""
     args = run.args
-    lines = ["---", f"base_model: {args.model}", "library_name: transformers", "---", "",
-             f"# {args.model}, trained by {run.name}.py", "",
-             f"Data: {args.data}, {len(run.train)} problems. Command: `{' '.join(sys.argv)}`.",
-             f"Steps: {args.steps}. Seed: {args.seed}."]
+    card = f"""---
+base_model: {args.model}
+library_name: transformers
+---
+
+# {args.model}, trained by {run.name}.py
+
+Data: {args.data}, {len(run.train)} problems. Command: `{' '.join(sys.argv)}`.
+"""
     for when in ("before", "after") if run.held_out else ():
         average, error = run.summary[f"avg_at_k_{when}"], run.summary[f"standard_error_{when}"]
-        lines.append(f"Avg@{EVAL_K} {when}, {len(run.held_out)} held-out problems: "
-                     f"{average:.3f} ± {error:.3f}.")
-    return "\n".join(lines) + "\n"
+        card += (f"Avg@{EVAL_K} {when}, {len(run.held_out)} held-out problems: "
+                 f"{average:.3f} ± {error:.3f}.\n")
+    return card
 
 
-def tracker(kind: str, folder: pathlib.Path):
-    """--track: opens a run in wandb, trackio or tensorboard -> log(row)."""
-    if kind == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-        writer = SummaryWriter(folder)
-    else:
-        writer = importlib.import_module(kind).init(project="reasoning", name=folder.name)
+def tracker(kind: str, folder: pathlib.Path, flags: dict):
+    """--track: opens a run in wandb, trackio or tensorboard -> log(numbers, step)."""
+    if kind != "tensorboard":
+        library = importlib.import_module(kind)
+        return library.init(project="reasoning", name=folder.name, config=flags).log
+    from torch.utils.tensorboard import SummaryWriter
+    writer = SummaryWriter(folder)
 
-    def log(row: dict) -> None:
-        numbers = {name: value for name, value in row.items() if value is not None}
-        if kind != "tensorboard":
-            writer.log(numbers, step=row["step"])
-            return
+    def log(numbers, step):
         for name, number in numbers.items():
-            writer.add_scalar(name, number, row["step"])
+            writer.add_scalar(name, number, step)
     return log
 
 
@@ -421,11 +406,10 @@ def commit() -> str | None:
 
 def new_folder(place: pathlib.Path) -> pathlib.Path:
     """Makes the first of place, place-2, place-3, ... that no other run has."""
-    place.parent.mkdir(parents=True, exist_ok=True)
     folder = place
     for number in itertools.count(2):
         try:
-            folder.mkdir()
+            folder.mkdir(parents=True)
             return folder
         except FileExistsError:
             folder = place.with_name(f"{place.name}-{number}")
