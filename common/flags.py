@@ -33,9 +33,9 @@ class BadInput(ValueError):
 def flag(default, help, low=-math.inf, high=math.inf, above=-math.inf, choices=None, kind=None):
     """A dataclass field that becomes a flag; low <= value <= high and value > above are checked."""
     kind = kind or (str if default is None else type(default))
-    options = {"help": help.replace("%", "%%"), "type": kind, "choices": choices}
+    options = {"help": help, "type": kind, "choices": choices}
     if kind is bool:
-        options = {"help": options["help"], "action": argparse.BooleanOptionalAction}
+        options = {"help": help, "action": argparse.BooleanOptionalAction}
     metadata = {"options": options, "range": (low, high, above)}
     return dataclasses.field(default=default, metadata=metadata)
 

@@ -94,8 +94,8 @@ class Run:
                                f"{had.get(name)}, and keeps it")
         place = self.folder / "checkpoint.pt"
         try:
-            self.summary, self.rows, self.answers, self.tensors = torch.load(
-                place, "cpu", weights_only=True, mmap=True)
+            state = torch.load(place, "cpu", weights_only=True, mmap=True)
+            self.summary, self.rows, self.answers, self.tensors = state
         except FileNotFoundError:
             pass  # killed before the first one
         except Exception as error:  # a damaged file fails in any way it likes
@@ -141,7 +141,7 @@ class Run:
             "data_hash": self.data_hash,
             "command": sys.argv,
             "commit": commit(),
-            "device": str(causal_lm(self.model).device),
+            "device": str(self.model.device),
             "versions": {
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
