@@ -138,7 +138,7 @@ def load_reward(place: str):
     path, _, name = place.rpartition(":")
     try:
         return runpy.run_path(path)[name]
-    except (OSError, KeyError) as error:
+    except (OSError, ImportError, KeyError) as error:
         raise BadInput(f"--reward {place}: give a file and a function in it, my_rewards.py:mine "
                        f"({type(error).__name__}: {error})") from error
 

@@ -43,7 +43,7 @@ from common.models import causal_lm, end_of_turn, load_model, load_tokenizer, me
 EVAL_K = 8   # answers to each held-out problem
 SAVES = 10   # checkpoints in a run, evenly spaced; the last one stays
 SHOWN = 4    # answers per step in rollouts.jsonl
-FIXED = ("script", "data_hash", "model", "seed", "lora_rank", "layer")  # --resume keeps these
+FIXED = ("script", "model", "seed", "lora_rank", "layer", "data_hash")  # --resume keeps these
 
 
 class Run:
@@ -100,7 +100,6 @@ class Run:
             pass  # killed before the first one
         except Exception as error:  # a damaged file fails in any way it likes
             raise BadInput(f"{place}: cannot be gone on with ({type(error).__name__})") from error
-        print(f"going on from step {len(self.rows)} of {self.args.steps} in {self.folder}")
 
     def describe(self) -> None:
         """Checks the model on the first prompt, prints that, model, data, memory."""
@@ -182,6 +181,7 @@ class Run:
             tensor.data.copy_(moments.pop("value"))
             if moments:
                 self.optimizer.state[tensor] = moments
+        print(f"going on from step {len(self.rows)} of {self.args.steps} in {self.folder}")
 
     def write(self, name: str, text: str) -> None:
         if rank() == 0:
