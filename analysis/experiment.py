@@ -34,7 +34,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 PAGES = ROOT / "analysis" / "results"
 BLUE, SKY, ORANGE, VERMILION = "#0072B2", "#56B4E9", "#E69F00", "#D55E00"
 GREEN, PURPLE, GREY = "#009E73", "#CC79A7", "#777777"
-NOT_KEPT = ("step", "tokens", "peak_gb", "gap_", "seconds")  # metrics that are not in the JSON
+NOT_KEPT = ("step", "tokens", "gap_", "seconds")  # metrics that are not in the JSON
 
 
 @dataclass

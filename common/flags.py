@@ -117,7 +117,7 @@ def parse_args(Args, real: dict, description: str, argv: list[str] | None = None
         parser.set_defaults(lr=10 * parser.get_default("lr"))  # adapters want larger steps
     values = vars(parser.parse_args(argv))
     for field in dataclasses.fields(Args):
-        if isinstance(values[field.name], (int, float)):
+        if isinstance(values[field.name], int | float):
             check_range(field.name, values[field.name], *field.metadata["range"])
     return Args(**values)
 

@@ -12,7 +12,7 @@ checkpoint is weights, moments and what has been logged, and on a CPU a resumed 
 very weights of an uninterrupted one. Files are written beside their place and renamed into it, so
 they are whole whatever moment a run dies at.
 """
-import importlib
+import importlib.util
 import itertools
 import json
 import math
@@ -97,7 +97,7 @@ class Run:
             state = torch.load(place, "cpu", weights_only=True, mmap=True)
             self.summary, self.rows, self.answers, self.tensors = state
         except FileNotFoundError:
-            pass  # killed before the first one
+            pass  # killed before the first one: starts from the beginning
         except Exception as error:  # a damaged file fails in any way it likes
             raise BadInput(f"{place}: cannot be gone on with ({type(error).__name__})") from error
 
@@ -181,6 +181,7 @@ class Run:
             tensor.data.copy_(moments.pop("value"))
             if moments:
                 self.optimizer.state[tensor] = moments
+        self.tensors = []  # closes the file
         print(f"going on from step {len(self.rows)} of {self.args.steps} in {self.folder}")
 
     def write(self, name: str, text: str) -> None:
@@ -229,7 +230,7 @@ class Run:
         if rollout is not None:
             self.answers += some_answers(done, problems, rollout, rewards)
             self.write("rollouts.jsonl", json_lines(self.answers))
-        if self.track is not None:
+        if self.track:
             self.track({name: x for name, x in row.items() if x is not None}, step=done)
         shown = ("reward", "loss", "length", "entropy", "tokens_per_second")
         self.bar.set_postfix({name: f"{row[name]:.3g}" for name in shown if name in row})
@@ -273,10 +274,7 @@ class Run:
         return result
 
     def save(self, step: int) -> None:
-        """Weights, moments and what was logged in `step` steps in a file, if one is due.
-
-        OSError if it cannot be written.
-        """
+        """A checkpoint after `step` steps, if one is due. OSError if it cannot be written."""
         if step % max(1, self.args.steps // SAVES) and step < self.args.steps:
             return
         tensors = []
@@ -318,7 +316,7 @@ class Run:
 
 
 def mean(tensor) -> float:
-    """Over the elements of all ranks."""
+    """Of a tensor's elements on all ranks."""
     return total(tensor.sum().item()) / total(tensor.numel())
 
 
@@ -399,8 +397,8 @@ def tracker(kind: str, folder: pathlib.Path, flags: dict):
 
 def commit() -> str | None:
     """The commit of this code, if it lies in a git repository."""
-    here = pathlib.Path(__file__).parent
-    failed, said = subprocess.getstatusoutput(f'git -C "{here}" rev-parse HEAD')
+    command = f'git -C "{pathlib.Path(__file__).parent}" rev-parse HEAD'
+    failed, said = subprocess.getstatusoutput(command)
     return None if failed else said
 
 
