@@ -160,7 +160,7 @@ def main(argv=None):
     if args.internal_steps and "layer" not in run.summary:  # a resumed run keeps its layer
         run.summary["layer"] = everyone(choose_layer(run))[0]
 
-    for step in range(run.begin(optimizer=optimizer), args.steps):
+    for step in range(run.begin(optimizer), args.steps):
         # 0. The policy that is trained: block l's at first, then the model's (eq. 10).
         layer, trunk = None, None
         if step < args.internal_steps:
@@ -175,14 +175,12 @@ def main(argv=None):
         rollout = sample(model, run.tokenizer, prompts, args.group_size, args.max_new_tokens,
                          args.temperature, seed=args.seed * 100_000 + step)            # B answers
         mask = rollout.mask  # 1 on an answer's tokens, the stop token included        # (B, T)
-        run.lap("sampling")
 
         # 2. Reward them. An answer that was cut off is wrong: 0, here and in evaluation.
         rewards = [float(reward_of(text, problems[i // args.group_size]))
                    for i, text in enumerate(rollout.texts)]
         rewards = torch.tensor(rewards, device=model.device) * rollout.finished        # (B,)
         rewards = rewards.view(-1, args.group_size)                                    # (P, G)
-        run.lap("verifying")
 
         # 3. Compare each answer with its group.
         advantages = group_advantages(rewards).flatten()                               # (B,)
@@ -217,7 +215,6 @@ def main(argv=None):
                 optimizer.step()
             optimizer.zero_grad()
             grad_norms.append(grad_norm)
-        run.lap("training")
 
         # 6. Book-keeping.
         run.log(step, problems, rollout, rewards, parts, grad_norms, layer=layer)

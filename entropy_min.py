@@ -127,7 +127,7 @@ def main(argv=None):
     prompts = run.encode(problems)
     n = args.group_size // (len(prompts) * size())  # answers to a problem, of each process
 
-    for step in range(run.begin(optimizer=optimizer), args.steps):
+    for step in range(run.begin(optimizer), args.steps):
         # 1. Sample answers to the same problems in every step, without gradient.
         rollout = sample(
             model, run.tokenizer, prompts, n,
@@ -135,7 +135,6 @@ def main(argv=None):
             temperature=args.temperature,
             top_p=args.top_p,
             seed=args.seed * 100_000 + step)                                           # B answers
-        run.lap("sampling")
 
         # 2. All their tokens count, stop tokens and those of cut-off answers included.
         mask = rollout.mask                                                            # (B, T)
@@ -163,7 +162,6 @@ def main(argv=None):
         if math.isfinite(grad_norm):
             optimizer.step()
         optimizer.zero_grad()
-        run.lap("training")
 
         # 4. Book-keeping.
         run.log(step, problems, rollout, None, parts, [grad_norm])

@@ -147,21 +147,19 @@ def main(argv=None):
     # foreach=False: one weight after another, without temporary copies of all of them.
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.01, foreach=False)
 
-    for step in range(run.begin(optimizer=optimizer), args.steps):
+    for step in range(run.begin(optimizer), args.steps):
         # 1. Sample a group of answers to each problem.
         problems = share(batch_of(run.train, step, args.prompts_per_step, args.seed))  # P rows
         prompts = run.encode(problems)
         rollout = sample(model, run.tokenizer, prompts, args.group_size, args.max_new_tokens,
                          args.temperature, seed=args.seed * 100_000 + step)            # B answers
         mask = rollout.mask  # 1 on an answer's tokens, the stop token included        # (B, T)
-        run.lap("sampling")
 
         # 2. Reward them. An answer that was cut off is wrong: 0, here and in evaluation.
         rewards = [float(reward_of(text, problems[i // args.group_size]))
                    for i, text in enumerate(rollout.texts)]
         rewards = torch.tensor(rewards, device=model.device) * rollout.finished        # (B,)
         rewards = rewards.view(-1, args.group_size)                                    # (P, G)
-        run.lap("verifying")
 
         # 3. Compare each answer with its group.
         advantages = group_advantages(rewards).flatten()                               # (B,)
@@ -196,14 +194,12 @@ def main(argv=None):
                 optimizer.step()
             optimizer.zero_grad()
             grad_norms.append(grad_norm)
-        run.lap("training")
 
         # 6. How far the updates have moved the policy: KL3 of all tokens of the rollout.
         logp = old_logprobs(model, rollout, rows, args.micro_batch_tokens,
                             args.temperature)                                          # (B, T)
         divergence = kl3(logp - rollout.logp) * mask                                   # (B, T)
         moved = total(divergence.sum()) / total(mask.sum())                            # scalar
-        run.lap("measuring")
 
         # 7. Book-keeping.
         run.log(step, problems, rollout, rewards, parts, grad_norms, kl3=moved.item())

@@ -292,7 +292,7 @@ def main(argv=None):
                                   weight_decay=0.0, foreach=False)
     nothing = (rows[0][0], ())
 
-    for step in range(run.begin(optimizer=optimizer), args.steps):
+    for step in range(run.begin(optimizer), args.steps):
         # 3. The traces of this update, equally many on every rank; the last pass may end early.
         batch = batch_of(rows, step, args.batch_size, args.seed)
         batch = batch[:visits - step * args.batch_size]
@@ -316,13 +316,11 @@ def main(argv=None):
         if math.isfinite(grad_norm):
             optimizer.step()
         optimizer.zero_grad()
-        run.lap("training")
 
         # 6. Book-keeping.
         seen = run.rows[-1]["tokens_seen"] if run.rows else 0
-        speed = num_tokens / run.seconds["training"]
         run.log(step, parts=parts, grad_norms=[grad_norm], lr=lr, tokens_seen=seen + num_tokens,
-                length=num_tokens / len(batch), tokens_per_second=speed)
+                length=num_tokens / len(batch), tokens_per_second=num_tokens / run.elapsed())
         run.save(step + 1)
     result = run.finish()
     if result is not None:

@@ -253,7 +253,7 @@ def main(argv=None):
     # foreach=False: one weight after another, without temporary copies of all of them.
     optimizer = torch.optim.AdamW(weights, weight_decay=0.01, foreach=False)
 
-    for step in range(run.begin(optimizer=optimizer, critic=critic), args.steps):
+    for step in range(run.begin(optimizer, causal_lm(critic).offset), args.steps):
         # 1. Sample a group of answers to each problem.
         problems = share(batch_of(run.train, step, args.prompts_per_step, args.seed))  # P rows
         prompts = run.encode(problems)
@@ -264,7 +264,6 @@ def main(argv=None):
             temperature=args.temperature,
             seed=args.seed * 100_000 + step)                                           # B answers
         all_rows = torch.arange(len(rollout.mask), device=model.device)                # (B,)
-        run.lap("sampling")
 
         # 2. Rate them. An answer that was cut off is wrong, here and in evaluation: it gets 0, and
         #    stays in the loss.
@@ -290,7 +289,6 @@ def main(argv=None):
             returns = discounted_returns(rewards, gammas, mask)                        # (B, T)
             mean, _ = mean_and_variance(returns, mask)
             causal_lm(critic).offset.copy_(mean)
-        run.lap("verifying")
 
         # 4. What policy and critic say before the update. The KL (k1) to the initial model is a
         #    negative reward of each token, an equal part of it in each of the M rewards.
@@ -350,7 +348,6 @@ def main(argv=None):
                 grad_norm = math.nan  # counted as skipped
             optimizer.zero_grad()
             grad_norms.append(grad_norm)
-        run.lap("training")
 
         # 7. Book-keeping.
         as_one_group = torch.tensor([correct])                                         # (1, B)

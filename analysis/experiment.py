@@ -34,7 +34,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 PAGES = ROOT / "analysis" / "results"
 BLUE, SKY, ORANGE, VERMILION = "#0072B2", "#56B4E9", "#E69F00", "#D55E00"
 GREEN, PURPLE, GREY = "#009E73", "#CC79A7", "#777777"
-NOT_KEPT = ("step", "tokens", "peak_gb", "gap_", "seconds_")  # metrics that are not in the JSON
+NOT_KEPT = ("step", "tokens", "gap_", "seconds")  # metrics that are not in the JSON
 
 
 @dataclass
@@ -57,10 +57,10 @@ class Watched(Run):
     process of its own."""
     arm: Arm
 
-    def begin(self, **parts) -> int:
+    def begin(self, optimizer, *others) -> int:
         if self.arm.prepare:
-            self.arm.prepare(self, parts["optimizer"])
-        first = super().begin(**parts)
+            self.arm.prepare(self, optimizer)
+        first = super().begin(optimizer, *others)
         self.look(0)
         return first
 
@@ -107,7 +107,7 @@ class Watched(Run):
             self.model.train()
             with open(self.folder / "probe.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
-        self.lap_started = time.perf_counter()  # a look is no part of the next step
+        self.started = time.perf_counter()  # a look is no part of the next step
 
     def finish(self):
         result = super().finish()

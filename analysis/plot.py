@@ -28,7 +28,7 @@ PANELS = {  # title -> the metrics that are added up
     "entropy, nats per token": ["entropy"],
     "tokens per answer": ["length"],
     "share of tokens clipped": ["clip_fraction", "clip_up", "clip_down"],
-    "seconds per step": ["seconds_sampling", "seconds_verifying", "seconds_training"],
+    "seconds per step": ["seconds"],
 }
 ASIDE = {"seed", "output", "resume", "device"}  # flags that do not tell curves apart
 

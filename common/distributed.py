@@ -9,13 +9,13 @@ before it keeps its part.
 """
 import contextlib
 import io
-import os
 import sys
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 @contextlib.contextmanager
@@ -24,9 +24,6 @@ def process_group():
     if not dist.is_torchelastic_launched() or dist.is_initialized():
         yield
         return
-    local_rank = int(os.environ["LOCAL_RANK"])
-    if local_rank < torch.cuda.device_count():
-        torch.cuda.set_device(local_rank)
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     heard = sys.stdout if rank() == 0 else io.StringIO()
     try:
@@ -80,6 +77,26 @@ def shard(root, blocks, device, dtype) -> None:
         fully_shard(module, mesh=mesh, mp_policy=policy)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+
+
+def whole(tensor):
+    """A split tensor put together on the CPU of the first rank; None on the others, which must
+    call it as well. Any other tensor as it is."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    full = tensor.full_tensor()
+    return full.cpu() if rank() == 0 else None
+
+
+def split_like(tensor, like):
+    """A whole tensor, the same on every rank, where `like` is and split as that is; a tensor of
+    another shape, such as AdamW's count of steps, as it is."""
+    if tensor.shape != like.shape:
+        return tensor
+    tensor = tensor.to(like.device)
+    if isinstance(like, DTensor):
+        tensor = distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+    return tensor
 
 
 def gather_rest(module) -> None:

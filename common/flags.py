@@ -9,11 +9,11 @@
 import argparse
 import dataclasses
 import functools
-import importlib.util
 import json
 import math
 import os
 import pathlib
+import runpy
 import sys
 
 import torch
@@ -30,35 +30,25 @@ class BadInput(ValueError):
     """A flag, file, column or model that cannot be used: one line, exit code 2, nothing is lost."""
 
 
-def flag(default, help, low=None, high=None, above=None, choices=None, kind=None):
+def flag(default, help, low=-math.inf, high=math.inf, above=-math.inf, choices=None, kind=None):
     """A dataclass field that becomes a flag; low <= value <= high and value > above are checked."""
     kind = kind or (str if default is None else type(default))
-    options = {"help": help.replace("%", "%%"), "choices": choices}
+    options = {"help": help, "type": kind, "choices": choices}
     if kind is bool:
-        options = {"help": options["help"], "action": argparse.BooleanOptionalAction}
-    else:
-        options["type"] = functools.partial(in_range, kind, low, high, above)
-    return dataclasses.field(default=default, metadata=options)
+        options = {"help": help, "action": argparse.BooleanOptionalAction}
+    metadata = {"options": options, "range": (low, high, above)}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
-def in_range(kind, low, high, above, text):
-    """A flag's text as a str, int or float. Raises for what is no such number or out of range."""
-    try:
-        value = kind(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text}: must be of type {kind.__name__}") from None
-    wrong = None
-    if kind is float and not math.isfinite(value):
-        wrong = "finite"
-    elif low is not None and value < low:
-        wrong = f"at least {low}"
-    elif high is not None and value > high:
-        wrong = f"at most {high}"
-    elif above is not None and value <= above:
-        wrong = f"above {above}"
-    if wrong:
-        raise argparse.ArgumentTypeError(f"{text}: must be {wrong}")
-    return value
+def check_range(name: str, value, low, high, above) -> None:
+    """BadInput if a flag's number is too small or too large."""
+    place = f"--{name.replace('_', '-')} {value}"
+    if value < low:
+        raise BadInput(f"{place}: must be at least {low}")
+    if value > high:
+        raise BadInput(f"{place}: must be at most {high}")
+    if value <= above:
+        raise BadInput(f"{place}: must be above {above}")
 
 
 @dataclasses.dataclass
@@ -105,88 +95,77 @@ def parse_args(Args, real: dict, description: str, argv: list[str] | None = None
     parser = Parser(description=description, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(Args):
-        options = dict(field.metadata)
-        default = f" [{field.default}]" if field.default not in (None, "", False) else ""
-        larger = f" [larger models: {real[field.name]}]" if field.name in real else ""
-        options["help"] += default + larger
+        options = dict(field.metadata["options"])
+        if field.default not in (None, "", False):
+            options["help"] += f" [{field.default}]"
+        if field.name in real:
+            options["help"] += f" [larger models: {real[field.name]}]"
         names = dict.fromkeys([f"--{field.name.replace('_', '-')}", f"--{field.name}"])
         parser.add_argument(*names, default=field.default, **options)
     args = parser.parse_args(argv)
-    if getattr(args, "resume", None):
-        flags = read_config(args.resume)["flags"]
-        parser.set_defaults(**{name: flags[name] for name in vars(args) if name in flags})
-        parser.set_defaults(resume=None, output=args.resume)
+    resume = getattr(args, "resume", None)
+    defaults = {}
+    if resume:
+        _, defaults = read_config(resume)
     elif not is_small(args.model):
-        real = {**SHARED_REAL, **real}
+        defaults = {**SHARED_REAL, **real}
         if "max_new_tokens" in real:
-            real["max_new_tokens"] = min(real["max_new_tokens"], context_of(args.model) // 2)
-        parser.set_defaults(**{name: real[name] for name in vars(args) if name in real})
-    if not getattr(args, "resume", None) and getattr(args, "lora_rank", 0):
+            longest = context_of(args.model) // 2
+            defaults["max_new_tokens"] = min(real["max_new_tokens"], longest)
+    parser.set_defaults(**{name: x for name, x in defaults.items() if name in args})
+    if not resume and getattr(args, "lora_rank", 0):
         parser.set_defaults(lr=10 * parser.get_default("lr"))  # adapters want larger steps
-    return Args(**vars(parser.parse_args(argv)))
+    values = vars(parser.parse_args(argv))
+    for field in dataclasses.fields(Args):
+        if isinstance(values[field.name], int | float):
+            check_range(field.name, values[field.name], *field.metadata["range"])
+    return Args(**values)
 
 
-def read_config(folder: str) -> dict:
-    """config.json of a run: "script", "flags", "data" and more. Raises BadInput."""
+def read_config(folder: str) -> tuple[dict, dict]:
+    """config.json of a run, and the flags in it. Raises BadInput."""
     path = pathlib.Path(folder) / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        return {"data": None, **config, "script": config["script"], "flags": {**config["flags"]}}
-    except OSError:
-        raise BadInput(f"--resume {folder}: no run there (no config.json)") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"--resume {folder}: its config.json is not a run's") from error
-
-
-def load_reward(place: str):
-    """`my_rewards.py:length_bonus` -> that function, by a plain import of the file."""
-    path, _, name = place.rpartition(":")
-    spec = importlib.util.spec_from_file_location("my_reward", path or place)
-    try:
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return getattr(module, name)
-    except Exception as error:  # the user's own code may raise anything
-        raise BadInput(f"--reward {place}: give a file and a function in it, my_rewards.py:mine "
+        return config, config["flags"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"--resume {folder}: no run there, {path.name} cannot be read "
                        f"({type(error).__name__}: {error})") from error
 
 
-def check_torchrun() -> None:
-    """BadInput if this process belongs to several, of which torchrun has not said the number."""
-    processes = os.environ.get("WORLD_SIZE", "")
-    if dist.is_torchelastic_launched():
-        for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"):
-            if not os.environ.get(name, "").isdecimal():
-                raise BadInput(f"{name} is not set, as torchrun does for each process it starts")
-    elif processes.isdecimal() and int(processes) > 1:
-        raise BadInput(f"WORLD_SIZE is {processes}: several processes are started by torchrun, "
-                       "for a single one unset it")
+def load_reward(place: str):
+    """`my_rewards.py:length_bonus` -> that function; errors of the file's own code are raised."""
+    path, _, name = place.rpartition(":")
+    try:
+        return runpy.run_path(path)[name]
+    except (OSError, ImportError, KeyError) as error:
+        raise BadInput(f"--reward {place}: give a file and a function in it, my_rewards.py:mine "
+                       f"({type(error).__name__}: {error})") from error
 
 
 def exit_on_bad_input(main):
     """Wraps a script's main: its errors become one line, and torchrun's processes are joined.
 
-    Exit code 2 for bad input, a full disk and memory that runs out, 130 for Ctrl-C.
+    Exit code 2 for bad input, a full disk and a card's memory that runs out, 130 for Ctrl-C.
     """
     @functools.wraps(main)
     def wrapped(argv=None):
-        for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):  # a console that has no "±" still gets its line
-                stream.reconfigure(errors="replace")
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="replace")  # a console that has no "±" shows a "?"
         try:
-            check_torchrun()
+            processes = os.environ.get("WORLD_SIZE", "1")
+            if processes != "1" and not dist.is_torchelastic_launched():
+                raise BadInput(f"WORLD_SIZE is {processes}: several processes are started by "
+                               "torchrun, for a single one unset it")
             with process_group():
                 return main(argv)
         except KeyboardInterrupt:
             print("\ninterrupted; --resume goes on from the last checkpoint", file=sys.stderr)
             raise SystemExit(130) from None
-        except (BadInput, OSError, SafetensorError, dist.DistError) as error:
-            reason = str(error) or type(error).__name__
-        except (MemoryError, RuntimeError) as error:
-            on_cpu = "DefaultCPUAllocator" in str(error)
-            if not on_cpu and not isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-                raise  # a bug
+        except torch.OutOfMemoryError:
             reason = "out of memory: lower --micro-batch-tokens or --group-size, then --resume"
+        except (BadInput, OSError, SafetensorError) as error:
+            reason = str(error) or type(error).__name__
         tqdm.write(f"error: {reason.splitlines()[0]}", file=sys.stderr)  # not behind a bar
         raise SystemExit(2)
     return wrapped

@@ -1,17 +1,19 @@
 """A run's book-keeping: its model, data and folder, metrics, checkpoints. Knows no algorithm.
 
     run = Run("grpo", args, reward)               # loads, checks, prints; nothing is written yet
-    for step in range(run.begin(optimizer=optimizer), args.steps):
+    for step in range(run.begin(optimizer), args.steps):
         ...
         run.log(step, problems, rollout, rewards, parts, grad_norms)     # a row of metrics.jsonl
         run.save(step + 1)                                     # a checkpoint when one is due
     run.finish()                                               # evaluates again, saves the model
 
 Nothing random is kept between steps: data order and answers follow from (seed, step). So a
-checkpoint is weights, optimiser and a step number, and on a CPU a resumed run ends with the very
-weights of an uninterrupted one. Configuration, summary and checkpoint are written beside their
-place and renamed into it, so they are whole whatever moment a run dies at.
+checkpoint is weights, moments and what has been logged, and on a CPU a resumed run ends with the
+very weights of an uninterrupted one. Files are written beside their place and renamed into it, so
+they are whole whatever moment a run dies at.
 """
+import importlib.util
+import itertools
 import json
 import math
 import pathlib
@@ -20,13 +22,11 @@ import statistics
 import subprocess
 import sys
 import time
-from functools import partial
 
 import torch
 import transformers
 from tqdm import tqdm
 
-from common.checkpoint import load_checkpoint, save_checkpoint, save_model
 from common.data import (
     drop_long_prompts,
     encode_prompt,
@@ -34,16 +34,16 @@ from common.data import (
     load_train_and_eval,
     write_whole,
 )
-from common.distributed import everyone, rank, size, total
+from common.distributed import everyone, rank, size, split_like, total, whole
 from common.evaluate import describe, evaluate, mean_and_error
 from common.flags import BadInput, read_config
 from common.logprobs import check_model
 from common.models import causal_lm, end_of_turn, load_model, load_tokenizer, memory_estimate
-from common.track import library, tracker
 
 EVAL_K = 8   # answers to each held-out problem
 SAVES = 10   # checkpoints in a run, evenly spaced; the last one stays
-SHOWN = 4    # answers per rank and step in rollouts.jsonl, half of them to the first problem
+SHOWN = 4    # answers per step in rollouts.jsonl
+FIXED = ("script", "model", "seed", "lora_rank", "layer", "data_hash")  # --resume keeps these
 
 
 class Run:
@@ -54,68 +54,66 @@ class Run:
         self.name = name
         self.args = args
         self.reward = reward
-        self.folder = pathlib.Path(args.resume or args.output or f"runs/{name}")
-        self.made = False
         self.summary = {}
-        self.rows = []       # of metrics
-        self.seconds = {}    # of this step, by part
+        self.rows = []     # of metrics.jsonl
+        self.answers = []  # of rollouts.jsonl
+        self.tensors = []  # of the checkpoint to go on from
+        self.config = {}   # of the run to go on with
         self.warned = set()
-        if args.resume:
-            self.resumed = self.check_resumed()
-        elif args.output and any(self.folder.glob("*")):
+        args.output = args.resume or args.output
+        self.folder = pathlib.Path(args.output or f"runs/{name}")
+        if args.output and not args.resume and any(self.folder.glob("*")):
             raise BadInput(f"--output {self.folder}: holds something already; take another folder, "
                            f"or --resume {self.folder}")
         updates = size() * getattr(args, "updates_per_rollout", 1)
-        if hasattr(args, "prompts_per_step") and args.prompts_per_step % updates:
+        if getattr(args, "prompts_per_step", updates) % updates:
             raise BadInput(f"--prompts-per-step {args.prompts_per_step}: must be divisible by "
                            f"--updates-per-rollout x processes, {updates}")
-        if args.track:
-            library(args.track)  # found missing before anything is done
+        if args.track and importlib.util.find_spec(args.track) is None:
+            raise BadInput(f"--track {args.track}: not installed, pip install {args.track}")
+        train, held_out = load_train_and_eval(args)
+        self.data_hash = fingerprint(train, held_out)
+        if args.resume:
+            self.resume()
         torch.manual_seed(args.seed)  # new adapters draw from it
         self.tokenizer = load_tokenizer(args.model)
         self.model = load_model(args).train()  # sampling switches to eval by itself
         longest = causal_lm(self.model).config.max_position_embeddings - args.max_new_tokens
-        self.train, self.held_out = [
-            drop_long_prompts(self.tokenizer, rows, args.system, longest)
-            for rows in load_train_and_eval(args)]
-        self.data = fingerprint(self.train, self.held_out)
-        if args.resume and self.resumed["data"] != self.data:
-            raise BadInput(f"--resume {self.folder}: the data has changed since")
+        self.train = drop_long_prompts(self.tokenizer, train, args.system, longest)
+        self.held_out = drop_long_prompts(self.tokenizer, held_out, args.system, longest)
         self.describe()
 
-    def check_resumed(self) -> dict:
-        """-> config.json. BadInput if --resume names a run of another script, model or data."""
-        config = read_config(self.folder)
-        if config["script"] != self.name:
-            raise BadInput(f"--resume {self.folder}: a run of {config['script']}.py")
-        for name in ("model", "seed", "lora_rank", "layer"):
-            had, now = config["flags"].get(name), getattr(self.args, name, None)
-            if had != now:
-                raise BadInput(f"--{name.replace('_', '-')} {now}: the run in {self.folder} has "
-                               f"{had}, and keeps it")
-        summary = self.folder / "summary.json"
-        if summary.exists():
-            self.summary = read_json(summary.read_text(encoding="utf-8"), summary)
-        elif (self.folder / "checkpoint.pt").exists():
-            raise BadInput(f"--resume {self.folder}: summary.json is lost")
-        return config
+    def resume(self) -> None:
+        """Reads config.json and checkpoint. BadInput if they are damaged or another run's."""
+        self.config, flags = read_config(self.folder)
+        had = {**flags, **self.config}
+        has = {**vars(self.args), "script": self.name, "data_hash": self.data_hash}
+        for name in FIXED:
+            if had.get(name) != has.get(name):
+                raise BadInput(f"--resume {self.folder}: {name} {has.get(name)}: that run has "
+                               f"{had.get(name)}, and keeps it")
+        place = self.folder / "checkpoint.pt"
+        try:
+            state = torch.load(place, "cpu", weights_only=True, mmap=True)
+            self.summary, self.rows, self.answers, self.tensors = state
+        except FileNotFoundError:
+            pass  # killed before the first one: starts from the beginning
+        except Exception as error:  # a damaged file fails in any way it likes
+            raise BadInput(f"{place}: cannot be gone on with ({type(error).__name__})") from error
 
     def describe(self) -> None:
-        """Prints model, data, the decoded first prompt, memory."""
+        """Checks the model on the first prompt, prints that, model, data, memory."""
         args = self.args
         lm = causal_lm(self.model)
-        weights = list(self.model.parameters())
-        numel = sum(p.numel() for p in weights) / 1e6
-        trained = sum(p.numel() for p in weights if p.requires_grad) / 1e6
         prompt = self.encode(self.train[:1])[0]
         check_model(self.model, self.tokenizer, prompt)
         end = end_of_turn(self.tokenizer)
         if end not in (None, self.tokenizer.eos_token_id):
             print(f"note: answers also end at {self.tokenizer.decode(end)!r}, with which the chat "
                   "template ends a turn")
-        print(f"model: {args.model}, {lm.config.model_type}, {numel:.2f} M parameters "
-              f"({trained:.2f} M trained), {lm.config.num_hidden_layers} blocks, "
-              f"{lm.compute_dtype} on {lm.device}")
+        millions = sum(weight.numel() for weight in self.model.parameters()) / 1e6
+        print(f"model: {args.model}, {lm.config.model_type}, {millions:.2f} M parameters, "
+              f"{lm.config.num_hidden_layers} blocks, {lm.compute_dtype} on {lm.device}")
         print(f"data:  {args.data}, {len(self.train)} problems to train on, "
               f"{len(self.held_out)} held out")
         print(f"first prompt ({len(prompt)} tokens): {self.tokenizer.decode(prompt)!r} "
@@ -131,81 +129,68 @@ class Run:
 
     def make_folder(self) -> None:
         """Makes the folder, unless it is there, and writes config.json. begin() does this too."""
-        if self.made:
-            return
-        if rank() == 0 and not self.args.resume:
-            self.folder = new_folder(self.folder, self.args.output is not None)
-        self.folder = pathlib.Path(everyone(str(self.folder))[0])
-        self.made = True
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__,
-                    "python": platform.python_version()}
+        args = self.args
+        if rank() == 0 and args.output is None:
+            args.output = str(new_folder(self.folder))
+        args.output = everyone(args.output)[0]
+        self.folder = pathlib.Path(args.output)
+        self.folder.mkdir(parents=True, exist_ok=True)
         config = {
             "script": self.name,
-            "flags": {**vars(self.args), "output": str(self.folder), "resume": None},
+            "data_hash": self.data_hash,
             "command": sys.argv,
-            "data": self.data,
-            "device": str(causal_lm(self.model).device),
             "commit": commit(),
-            "versions": versions}
-        if self.args.resume:
-            config = {**self.resumed, "flags": config["flags"]}
+            "device": str(self.model.device),
+            "versions": {
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "python": platform.python_version()},
+            **self.config,
+            "flags": vars(args)}
         self.write("config.json", json.dumps(config, indent=1))
 
-    def begin(self, **parts) -> int:
-        """Makes the folder or restores its checkpoint, evaluates -> the first step to make.
+    def begin(self, optimizer, *others) -> int:
+        """Restores the checkpoint, or evaluates and saves a first one -> the first step to make.
 
-        parts: what checkpoints keep beside the trained weights, name -> anything with state_dict()
-        and load_state_dict(), such as optimizer=optimizer.
+        others: tensors that checkpoints keep beside the optimiser's weights and moments.
         """
-        self.parts = parts
-        first = self.restore() if self.args.resume else 0
-        self.rows = self.read_rows("metrics.jsonl", first)
-        answers = self.read_rows("rollouts.jsonl", first)
-        if len(self.rows) != first:
-            raise BadInput(f"--resume {self.folder}: metrics.jsonl has lost rows")
+        self.optimizer = optimizer
+        self.kept = list(others)
+        for group in optimizer.param_groups:
+            self.kept += [weight for weight in group["params"] if weight.requires_grad]
+        if self.tensors:
+            self.restore()
         self.make_folder()
-        self.write("metrics.jsonl", json_lines(self.rows))  # without steps that are made again
-        self.write("rollouts.jsonl", json_lines(answers))
-        if first == 0 and self.held_out and "avg_at_k_before" not in self.summary:
+        if self.held_out and "avg_at_k_before" not in self.summary:
             self.measure("before")
-        self.write_summary()
+        first = len(self.rows)
+        if first == 0:
+            self.save(0)
         self.track = None
         if self.args.track and rank() == 0:
-            flags = {**vars(self.args), "output": str(self.folder)}
-            self.track = tracker(self.args.track, self.name, flags)
+            self.track = tracker(self.args.track, self.folder, vars(self.args))
         self.bar = tqdm(total=self.args.steps, initial=first, desc=self.name, unit="step",
-                        dynamic_ncols=True, disable=rank() > 0)
-        self.lap_started = time.perf_counter()
+                        disable=rank() > 0)
+        self.started = time.perf_counter()
         return first
 
-    def read_rows(self, name: str, step: int) -> list[dict]:
-        """The rows of a resumed run's file up to a step. BadInput if they are damaged."""
-        path = self.folder / name
-        if not self.args.resume or not path.exists():
-            return []
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # the last may be half a row
-        rows = [read_json(line, path) for line in lines]
-        return [row for row in rows if row.get("step", math.inf) <= step]
+    def restore(self) -> None:
+        """Puts the checkpoint's tensors and their moments back; the learning rate is the flag's."""
+        for tensor, saved in zip(self.kept, self.tensors, strict=True):
+            moments = {name: split_like(value, tensor) for name, value in saved.items()}
+            tensor.data.copy_(moments.pop("value"))
+            if moments:
+                self.optimizer.state[tensor] = moments
+        self.tensors = []  # closes the file
+        print(f"going on from step {len(self.rows)} of {self.args.steps} in {self.folder}")
 
     def write(self, name: str, text: str) -> None:
         if rank() == 0:
             write_whole(self.folder / name, text)
 
-    def write_summary(self) -> None:
-        self.write("summary.json", json.dumps(self.summary, indent=1))
-
-    def append(self, name: str, rows: list[dict]) -> None:
-        if rank() == 0:
-            with open(self.folder / name, "a", encoding="utf-8") as file:
-                file.write(json_lines(rows))
-
-    def lap(self, part: str) -> None:
-        """Adds the seconds since the last lap to `seconds_<part>` of this step."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.seconds[part] = self.seconds.get(part, 0.0) + now - self.lap_started
-        self.lap_started = now
+    def elapsed(self) -> float:
+        """Seconds of this step so far."""
+        return time.perf_counter() - self.started
 
     def log(self, step: int, problems=(), rollout=None, rewards=None, parts=(), grad_norms=(),
             **values) -> None:
@@ -216,67 +201,61 @@ class Run:
         parts: metrics of micro-batches, which add up over an update; the largest of those in
         _max. grad_norms: one per update.
         """
-        row = {"step": step + 1, **values}
+        done = step + 1
+        row = {"step": done, **values, "seconds": self.elapsed()}
         if rewards is not None:
-            row["reward"] = total(rewards.sum().item()) / total(rewards.numel())
-            equal = rewards.max(1).values == rewards.min(1).values                      # (P,)
-            row["no_signal"] = total(int(equal.sum())) / total(len(rewards))
+            row["reward"] = mean(rewards)
+            row["no_signal"] = mean(rewards.max(1).values == rewards.min(1).values)
         if rollout is not None:
-            answers, tokens = total(len(rollout.mask)), total(int(rollout.lengths.sum()))
-            row["length"] = tokens / answers
-            row["truncated"] = 1 - total(int(rollout.finished.sum())) / answers
-            row["entropy"] = total(rollout.entropy.sum().item()) / max(1, tokens)
-            row["tokens_per_second"] = tokens / sum(self.seconds.values())
+            tokens = total(rollout.lengths.sum().item())
+            row["length"] = mean(rollout.lengths)
+            row["truncated"] = 1 - mean(rollout.finished)
+            row["entropy"] = total(rollout.entropy.sum().item()) / tokens
+            row["tokens_per_second"] = tokens / row["seconds"]
         for name in parts[0] if parts else ():
             found = [part[name] for part in parts]
             if name.endswith("_max"):
                 row[name] = max(max(everyone(found)))
             else:
                 row[name] = total(sum(found)) / len(grad_norms)
-        if grad_norms:
-            row["grad_norm"] = statistics.fmean(grad_norms)
-            row["skipped"] = sum(not math.isfinite(norm) for norm in grad_norms)
-        row.update({f"seconds_{part}": seconds for part, seconds in self.seconds.items()})
-        if torch.cuda.is_available():
-            row["peak_gb"] = torch.cuda.max_memory_allocated() / 2**30
+        row["grad_norm"] = statistics.fmean(grad_norms)
+        row["skipped"] = sum(not math.isfinite(norm) for norm in grad_norms)
         every = self.args.eval_every
-        if every and (step + 1) % every == 0 and step + 1 < self.args.steps and self.held_out:
+        if every and done % every == 0 and done < self.args.steps and self.held_out:
             row["avg_at_k"] = self.evaluate()["avg_at_k"]
         for name, value in row.items():
             row[name] = float(f"{value:.5g}") if isinstance(value, float) else value
         self.rows.append(row)
-        self.append("metrics.jsonl", [row])
+        self.write("metrics.jsonl", json_lines(self.rows))
         if rollout is not None:
-            self.append("rollouts.jsonl", some_answers(step + 1, problems, rollout, rewards))
-        if self.track is not None:
-            self.track(row)
+            self.answers += some_answers(done, problems, rollout, rewards)
+            self.write("rollouts.jsonl", json_lines(self.answers))
+        if self.track:
+            self.track({name: x for name, x in row.items() if x is not None}, step=done)
         shown = ("reward", "loss", "length", "entropy", "tokens_per_second")
         self.bar.set_postfix({name: f"{row[name]:.3g}" for name in shown if name in row})
         self.bar.update()
         self.warn(row)
-        self.seconds = {}
-        self.lap_started = time.perf_counter()
+        self.started = time.perf_counter()
 
     def warn(self, row: dict) -> None:
         """Says once what a row shows to be wrong."""
-        notes = []
-        if row.get("truncated", 0) > 0.5:
-            notes.append("over half of the answers are cut off at --max-new-tokens, which is "
-                         "wrong: raise it")
-        if row.get("no_signal", 0) > 0.8:
-            notes.append("over 80 % of the groups are all right or all wrong, nothing to learn "
-                         "from: other problems, or larger groups")
-        if "reward" in row and row["entropy"] < 0.1 * self.rows[0].get("entropy", 0.0):
-            notes.append("the entropy is below a tenth of its start, answers will soon be all "
-                         "alike: lower --lr")
         exact = causal_lm(self.model).compute_dtype == torch.float32
-        if row.get("gap_max", 0) > (0.1 if exact else 1.0):
-            notes.append("sampler and trainer differ by over 0.1 nats on a token (in bfloat16: "
-                         "1): what is trained is not what was sampled")
-        if row.get("skipped", 0) > 0:
-            notes.append("a gradient was not finite, its update was left out")
-        for note in notes:
-            if note not in self.warned:
+        notes = {
+            "over half of the answers are cut off at --max-new-tokens, which is wrong: raise it":
+                row.get("truncated", 0) > 0.5,
+            "over 80 % of the groups are all right or all wrong, nothing to learn from: other "
+            "problems, or larger groups":
+                row.get("no_signal", 0) > 0.8,
+            "the entropy is below a tenth of its start, answers will soon be all alike: lower --lr":
+                "reward" in row and row["entropy"] < 0.1 * self.rows[0]["entropy"],
+            "sampler and trainer differ by over 0.1 nats on a token (in bfloat16: 1): what is "
+            "trained is not what was sampled":
+                row.get("gap_max", 0) > (0.1 if exact else 1.0),
+            "a gradient was not finite, its update was left out":
+                row["skipped"] > 0}
+        for note, holds in notes.items():
+            if holds and note not in self.warned:
                 self.warned.add(note)
                 tqdm.write(f"note: step {row['step']}: {note}")
 
@@ -295,33 +274,29 @@ class Run:
         return result
 
     def save(self, step: int) -> None:
-        """A checkpoint after `step` steps, if one is due."""
+        """A checkpoint after `step` steps, if one is due. OSError if it cannot be written."""
         if step % max(1, self.args.steps // SAVES) and step < self.args.steps:
             return
-        save_checkpoint(self.folder / "checkpoint.pt", step, self.model, self.parts)
-
-    def restore(self) -> int:
-        """Weights and optimisers of the last checkpoint -> its step, 0 if there is none."""
+        tensors = []
+        for tensor in self.kept:
+            saved = {"value": tensor.data, **self.optimizer.state.get(tensor, {})}
+            tensors.append({name: whole(value) for name, value in saved.items()})
+        if rank() > 0:
+            return
         place = self.folder / "checkpoint.pt"
-        if not place.exists():
-            print(f"going on in {self.folder}, which has no checkpoint yet")
-            return 0
-        step = load_checkpoint(place, self.model, self.parts)
-        if step > self.args.steps:
-            raise BadInput(f"--steps {self.args.steps}: {step} are done already")
-        print(f"going on from step {step} of {self.args.steps} in {self.folder}")
-        return step
+        temporary = place.with_suffix(".tmp")
+        try:
+            torch.save((self.summary, self.rows, self.answers, tensors), temporary)
+        except RuntimeError as error:  # what torch raises where the disk is full
+            raise OSError(f"{place} cannot be written: is the disk full?") from error
+        temporary.replace(place)
 
     def finish(self) -> dict | None:
         """Saves the model, evaluates, prints some answers and places -> what measure() gave."""
         result = None
         self.bar.close()
-        seconds = [row[key] for row in self.rows for key in row if key.startswith("seconds_")]
-        self.summary["seconds"] = round(sum(seconds), 1)
-        base = None
-        if self.args.merge:
-            base = partial(load_model, self.args, trained=False, split=False)
-        save_model(self.folder, self.model, self.tokenizer, base)
+        self.summary["seconds"] = round(sum(row["seconds"] for row in self.rows), 1)
+        save_model(self.folder, self.model, self.tokenizer, self.args)
         if self.held_out:
             result = self.measure("after")
             before, after = self.summary["by_problem_before"], self.summary["by_problem_after"]
@@ -336,72 +311,106 @@ class Run:
               f"figure: python -m analysis.plot {self.folder}")
         return result
 
+    def write_summary(self) -> None:
+        self.write("summary.json", json.dumps(self.summary, indent=1))
+
+
+def mean(tensor) -> float:
+    """Of a tensor's elements on all ranks."""
+    return total(tensor.sum().item()) / total(tensor.numel())
+
+
+def save_model(folder: pathlib.Path, model, tokenizer, args) -> None:
+    """folder/model, an ordinary save_pretrained folder, or the adapters in peft's format.
+
+    With --merge the adapters are also merged into the model, in folder/merged. Every rank must
+    call it, the first one writes.
+    """
+    adapters = hasattr(model, "peft_config")
+    dtype = causal_lm(model).compute_dtype
+    state = {}
+    for name, weight in model.state_dict().items():
+        if "lora_" in name or not adapters:
+            state[name] = whole(weight.to(dtype))
+    if rank() > 0:
+        return
+    if model.config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)  # a second copy of the embedding
+    model.save_pretrained(folder / "model", state_dict=state)
+    tokenizer.save_pretrained(folder / "model")
+    if adapters and args.merge:
+        from peft import PeftModel
+        base = load_model(args, trained=False, split=False)
+        merged = PeftModel.from_pretrained(base, folder / "model").merge_and_unload()
+        merged.save_pretrained(folder / "merged")
+        tokenizer.save_pretrained(folder / "merged")
+
 
 def some_answers(step: int, problems: list[dict], rollout, rewards) -> list[dict]:
-    """Rows of rollouts.jsonl: the first answers to the first two problems."""
-    n = len(rollout.texts) // len(problems)
+    """Rows of rollouts.jsonl: the first answers of a step."""
     rows = []
-    for place, problem in enumerate(problems[:2]):
-        for i in range(place * n, place * n + min(n, SHOWN // 2)):
-            rows.append({
-                "step": step,
-                "problem": problem["problem"],
-                "answer": problem.get("answer"),
-                "reward": None if rewards is None else rewards.flatten()[i].item(),
-                "length": int(rollout.lengths[i]),
-                "finished": bool(rollout.finished[i]),
-                "text": rollout.texts[i]})
+    for i, text in enumerate(rollout.texts[:SHOWN]):
+        problem = problems[i * len(problems) // len(rollout.texts)]
+        rows.append({
+            "step": step,
+            "problem": problem["problem"],
+            "answer": problem.get("answer"),
+            "reward": None if rewards is None else rewards.flatten()[i].item(),
+            "length": rollout.lengths[i].item(),
+            "finished": rollout.finished[i].item(),
+            "text": text})
     return rows
 
 
 def model_card(run) -> str:
     """README.md of model/: base, method, data, command, accuracy before and after."""
-    lines = ["---", f"base_model: {run.args.model}", "library_name: transformers", "---", "",
-             f"# {run.args.model}, trained by {run.name}.py", "",
-             f"Data: {run.args.data}, {len(run.train)} problems. Command: `{' '.join(sys.argv)}`.",
-             f"Steps: {run.args.steps}. Seed: {run.args.seed}."]
-    for when in ("before", "after"):
-        if f"avg_at_k_{when}" in run.summary:
-            lines.append(f"Avg@{EVAL_K} {when}, {len(run.held_out)} held-out problems: "
-                         f"{run.summary[f'avg_at_k_{when}']:.3f} ± "
-                         f"{run.summary[f'standard_error_{when}']:.3f}.")
-    return "\n".join(lines) + "\n"
+    args = run.args
+    card = f"""---
+base_model: {args.model}
+library_name: transformers
+---
+
+# {args.model}, trained by {run.name}.py
+
+Data: {args.data}, {len(run.train)} problems. Command: `{' '.join(sys.argv)}`.
+"""
+    for when in ("before", "after") if run.held_out else ():
+        average, error = run.summary[f"avg_at_k_{when}"], run.summary[f"standard_error_{when}"]
+        card += (f"Avg@{EVAL_K} {when}, {len(run.held_out)} held-out problems: "
+                 f"{average:.3f} ± {error:.3f}.\n")
+    return card
+
+
+def tracker(kind: str, folder: pathlib.Path, flags: dict):
+    """--track: opens a run in wandb, trackio or tensorboard -> log(numbers, step)."""
+    if kind != "tensorboard":
+        library = importlib.import_module(kind)
+        return library.init(project="reasoning", name=folder.name, config=flags).log
+    from torch.utils.tensorboard import SummaryWriter
+    writer = SummaryWriter(folder)
+
+    def log(numbers, step):
+        for name, number in numbers.items():
+            writer.add_scalar(name, number, step)
+    return log
 
 
 def commit() -> str | None:
     """The commit of this code, if it lies in a git repository."""
-    here = pathlib.Path(__file__).parent
-    try:
-        found = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True,
-                               text=True)
-    except OSError:
-        return None
-    return found.stdout.strip() or None
+    command = f'git -C "{pathlib.Path(__file__).parent}" rev-parse HEAD'
+    failed, said = subprocess.getstatusoutput(command)
+    return None if failed else said
 
 
-def new_folder(place: pathlib.Path, exact: bool) -> pathlib.Path:
-    """Makes a folder and no other run's: the place itself if exact, else place, place-2, ..."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    if exact:
-        place.mkdir(exist_ok=True)
-        return place
-    number = 1
+def new_folder(place: pathlib.Path) -> pathlib.Path:
+    """Makes the first of place, place-2, place-3, ... that no other run has."""
     folder = place
-    while True:
+    for number in itertools.count(2):
         try:
-            folder.mkdir()
+            folder.mkdir(parents=True)
             return folder
         except FileExistsError:
-            number += 1
             folder = place.with_name(f"{place.name}-{number}")
-
-
-def read_json(text: str, place: pathlib.Path) -> dict:
-    """An object of one of a run's files. BadInput if it is damaged."""
-    try:
-        return dict(json.loads(text))
-    except (ValueError, TypeError) as error:
-        raise BadInput(f"{place}: damaged, {error}") from error
 
 
 def json_lines(rows: list[dict]) -> str:

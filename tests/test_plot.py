@@ -13,7 +13,7 @@ def folder(path, script, rows=3, **flags):
     (path / "config.json").write_text(json.dumps({"script": script, "flags": flags}))
     lines = []
     for step in range(1, rows + 1):
-        row = {"step": step, "reward": 0.1 * step, "entropy": 1.0, "seconds_sampling": 2.0}
+        row = {"step": step, "reward": 0.1 * step, "entropy": 1.0, "seconds": 2.0}
         lines.append(json.dumps(row) + "\n")
     (path / "metrics.jsonl").write_text("".join(lines))
     return str(path)

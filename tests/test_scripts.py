@@ -3,7 +3,8 @@ import json
 import pathlib
 import subprocess
 import sys
-from types import SimpleNamespace
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ SMALL = {
     long_cot_sft: f"--teacher-problems 12 --samples 2 --batch-size 5 --epochs 1 {ANSWERS}",
     ppo: f"{LOOP} --updates-per-rollout 2",
 }
-CLOCKS = ("tokens_per_second", "peak_gb")  # and seconds: what differs between two equal runs
+CLOCKS = ("tokens_per_second",)  # and seconds: what differs between two equal runs
 every_script = pytest.mark.parametrize("script", SMALL, ids=[m.__name__ for m in SMALL])
 groups = pytest.mark.parametrize("script", [grpo, bupo, kl3_grpo], ids=["grpo", "bupo", "kl3"])
 
@@ -61,12 +62,15 @@ def assert_same_run(folder, other):
     kept = []
     for place in (folder, other):
         rows = []
-        answers = (place / "rollouts.jsonl").read_text().splitlines()
-        for row in [*rows_of(place), *map(json.loads, answers), summary_of(place)]:
+        answers = place / "rollouts.jsonl"
+        if answers.exists():  # long_cot_sft.py samples none
+            kept.append(answers.read_text())
+        for row in [*rows_of(place), summary_of(place)]:
             rows.append({name: repr(value) for name, value in row.items()
                          if name not in CLOCKS and not name.startswith("seconds")})
         kept.append(rows)
-    assert kept[0] == kept[1]
+    half = len(kept) // 2
+    assert kept[:half] == kept[half:]
     one, two = weights_of(folder), weights_of(other)
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -85,7 +89,7 @@ def test_what_a_run_prints_and_leaves(script, tmp_path, capsys):
             "standard_error_after"} <= summary_of(tmp_path / "run").keys()
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["script"] == script.__name__ and config["flags"]["max_new_tokens"] == 32
-    assert config["device"] == "cpu" and len(config["data"]) == 16
+    assert config["device"] == "cpu" and len(config["data_hash"]) == 16
     assert config["commit"] is None or len(config["commit"]) == 40
     card = (tmp_path / "run" / "model" / "README.md").read_text()
     assert "base_model: tiny" in card and f"trained by {script.__name__}.py" in card
@@ -100,8 +104,8 @@ def test_what_a_run_prints_and_leaves(script, tmp_path, capsys):
 
 @groups
 def test_some_answers_of_every_step_are_kept(script, tmp_path, monkeypatch):
-    """Two answers to each of the first two problems per step; an answer's reward is its length in
-    characters, 0 if it was cut off."""
+    """Four answers to the first problem per step; an answer's reward is its length in characters, 0
+    if it was cut off."""
     monkeypatch.setattr(script, "reward", lambda text, row: len(text))
     run(script, output=tmp_path / "run")
     lines = (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()
@@ -110,9 +114,8 @@ def test_some_answers_of_every_step_are_kept(script, tmp_path, monkeypatch):
     for row in rows:
         assert row["reward"] == (len(row["text"]) if row["finished"] else 0)
         assert 1 <= row["length"] <= 32 and (row["finished"] or row["length"] == 32)
-    for pair in (rows[:2], rows[2:4]):
-        assert pair[0]["problem"] == pair[1]["problem"]
-    assert rows[1]["problem"] != rows[2]["problem"]
+    assert len({row["problem"] for row in rows[:4]}) == 1
+    assert rows[3]["problem"] != rows[4]["problem"]
 
 
 def test_evaluation_on_the_way_changes_nothing_else(tmp_path):
@@ -129,8 +132,10 @@ def test_evaluation_on_the_way_changes_nothing_else(tmp_path):
 
 def test_rows_go_to_a_tracker_and_a_missing_one_is_told_first(tmp_path, monkeypatch, capsys):
     given = []
-    wandb = SimpleNamespace(init=lambda **options: SimpleNamespace(
-        log=lambda numbers, step: given.append((step, numbers["reward"]))))
+    wandb = ModuleType("wandb")
+    wandb.__spec__ = ModuleSpec("wandb", None)
+    wandb.init = lambda **options: SimpleNamespace(
+        log=lambda numbers, step: given.append((step, numbers["reward"])))
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     rows = run(grpo, "--track", "wandb", output=tmp_path / "run")
     assert given == [(row["step"], row["reward"]) for row in rows]
@@ -145,7 +150,7 @@ def test_rows_go_to_a_tracker_and_a_missing_one_is_told_first(tmp_path, monkeypa
 def test_rows_of_a_loop_with_rewards(script, tmp_path):
     row, *_ = run(script, output=tmp_path / "run")
     assert {"reward", "length", "entropy", "truncated", "no_signal", "tokens_per_second", "loss",
-            "seconds_sampling", "seconds_verifying", "seconds_training"} <= row.keys()
+            "seconds"} <= row.keys()
 
 
 @every_script
@@ -285,7 +290,7 @@ def test_a_reward_from_a_file(script, rewards):
 @groups
 def test_a_reward_file_that_cannot_be_used_is_one_line(script, rewards, capsys):
     for place, line in (("missing.py:half", "missing.py:half: give a file"),
-                        ("my_rewards.py:third", "AttributeError"), ("my_rewards.py", "give a file"),
+                        ("my_rewards.py:third", "KeyError"), ("my_rewards.py", "give a file"),
                         ("problems.jsonl:half", "give a file")):
         with pytest.raises(SystemExit) as stop:
             run(script, "--reward", place, output=rewards / "run")

@@ -25,7 +25,7 @@ from test_scripts import (
     run,
     weights_of,
 )
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common.run
 import grpo
@@ -161,7 +161,7 @@ def test_runs_that_start_at_once_take_folders_of_their_own(tmp_path):
 
     def start():
         together.wait()
-        found.append(new_folder(tmp_path / "runs" / "grpo", exact=False))
+        found.append(new_folder(tmp_path / "runs" / "grpo"))
     threads = [threading.Thread(target=start) for _ in range(8)]
     for thread in threads:
         thread.start()
@@ -182,18 +182,6 @@ def attack(folder):
     torch.save(Attack(), folder / "checkpoint.pt")
 
 
-def without_weights(folder):
-    state = torch.load(folder / "checkpoint.pt", weights_only=True)
-    state["weights"].popitem()
-    torch.save(state, folder / "checkpoint.pt")
-
-
-def other_shapes(folder):
-    state = torch.load(folder / "checkpoint.pt", weights_only=True)
-    state["weights"] = {name: w[:2] for name, w in state["weights"].items()}
-    torch.save(state, folder / "checkpoint.pt")
-
-
 def half_of(name):
     def damage(folder):
         os.truncate(folder / name, (folder / name).stat().st_size // 2)
@@ -210,12 +198,6 @@ DAMAGE = {
     "half a checkpoint": (half_of("checkpoint.pt"), "cannot be gone on with"),
     "no checkpoint but text": (text_in("checkpoint.pt", "hello"), "cannot be gone on with"),
     "a pickle that runs code": (attack, "cannot be gone on with"),
-    "a weight is missing": (without_weights, "cannot be gone on with"),
-    "weights of other shapes": (other_shapes, "cannot be gone on with"),
-    "half of the rows": (half_of("metrics.jsonl"), "metrics.jsonl has lost rows"),
-    "rows that are not JSON": (text_in("metrics.jsonl", "a\nb\nc\n"), "metrics.jsonl: damaged"),
-    "half a summary": (half_of("summary.json"), "summary.json"),
-    "a summary that is a list": (text_in("summary.json", "[1]"), "summary.json"),
     "half a config": (half_of("config.json"), "config.json"),
     "a config that is a list": (text_in("config.json", "[]"), "config.json"),
 }
@@ -240,7 +222,7 @@ def test_damaged_files(case, cut, capsys, monkeypatch):
 def test_what_a_run_keeps(flags, cut, capsys):
     """Another seed or other data would make another run of it."""
     fails(capsys, lambda: grpo.main(["--resume", str(cut), *flags.split()]),
-          f"{flags}: the run in {cut} has", "keeps it")
+          f"{cut}: {flags.strip('-').replace('-', '_')}: that run has", "keeps it")
 
 
 @pytest.mark.parametrize("flags", ["--eval-problems 3", "--data other.jsonl"])
@@ -250,7 +232,7 @@ def test_other_problems(flags, cut, capsys, monkeypatch):
     rows = [{"problem": f"Compute {i}+1.", "answer": str(i + 1)} for i in range(20)]
     (cut.parent / "other.jsonl").write_text("\n".join(map(json.dumps, rows)))
     fails(capsys, lambda: grpo.main(["--resume", str(cut), *flags.split()]),
-          f"{cut}: the data has changed")
+          f"{cut}: data_hash")
 
 
 def test_other_flags_are_recorded(cut):
@@ -258,14 +240,17 @@ def test_other_flags_are_recorded(cut):
     grpo.main(["--resume", str(cut), "--steps", "4"])
     (cut / "model").rename(cut / "old")
     config = json.loads((cut / "config.json").read_text())
-    assert config["flags"]["steps"] == 4 and config["flags"]["resume"] is None
+    assert config["flags"]["steps"] == 4
     grpo.main(["--resume", str(cut)])
     assert (cut / "model").is_dir()
 
 
-def test_a_summary_that_is_lost(cut, capsys):
-    (cut / "summary.json").unlink()
-    fails(capsys, lambda: grpo.main(["--resume", str(cut)]), "summary.json is lost")
+def test_all_that_was_logged_is_in_the_checkpoint(cut, whole):
+    """Rows and answers that are damaged or lost come back."""
+    (cut / "metrics.jsonl").write_text("a\nb\n")
+    (cut / "rollouts.jsonl").unlink()
+    grpo.main(["--resume", str(cut)])
+    assert_same_run(whole, cut)
 
 
 def test_output_that_is_a_file(tmp_path, capsys):
@@ -273,10 +258,6 @@ def test_output_that_is_a_file(tmp_path, capsys):
     fails(capsys, lambda: grpo.main(["--output", str(tmp_path / "file"), "--steps", "1"]), "file")
     assert (tmp_path / "file").read_text() == "mine"
     assert len(list(tmp_path.iterdir())) == 1
-
-
-def test_fewer_steps_than_are_done(cut, capsys):
-    fails(capsys, lambda: grpo.main(["--resume", str(cut), "--steps", "1"]), "--steps 1: 2 are")
 
 
 def test_data_that_has_changed(tmp_path, capsys, monkeypatch):
@@ -287,16 +268,17 @@ def test_data_that_has_changed(tmp_path, capsys, monkeypatch):
     run(grpo, "--data", data, output=tmp_path / "run")
     rows[3]["answer"] = "9"
     data.write_text("\n".join(map(json.dumps, rows)))
-    fails(capsys, lambda: grpo.main(["--resume", str(tmp_path / "run")]), "the data has changed")
+    fails(capsys, lambda: grpo.main(["--resume", str(tmp_path / "run")]), "data_hash")
 
 
 def test_the_learning_rate_can_change(cut):
     """The optimiser's state brings its old learning rate along; the flag wins: at 1e-12 the weights
     stay those of the checkpoint, to rounding."""
-    before = torch.load(cut / "checkpoint.pt", weights_only=True)["weights"]
+    *_, tensors = torch.load(cut / "checkpoint.pt", weights_only=True)
     grpo.main(["--resume", str(cut), "--lr", "1e-12"])
-    after = weights_of(cut)
-    assert all((before[name] - after[name]).abs().max() < 1e-8 for name in before)
+    after = AutoModelForCausalLM.from_pretrained(cut / "model").parameters()
+    for saved, weight in zip(tensors, after, strict=True):
+        assert (saved["value"] - weight).abs().max() < 1e-8
     assert rows_of(cut)[2]["grad_norm"] > 0
 
 
@@ -432,14 +414,9 @@ def test_a_sampler_that_differs_from_the_trainer_is_told_once(tmp_path, monkeypa
     assert (said.out + said.err).count("sampler and trainer differ by over 0.1 nats") == 1
 
 
-OUT = "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"
-
-
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nSee the manual"),
-                                   RuntimeError(OUT), MemoryError()], ids=["GPU", "CPU", "Python"])
-def test_memory_that_runs_out_is_one_line(error, tmp_path, monkeypatch, capsys):
+def test_memory_that_runs_out_is_one_line(tmp_path, monkeypatch, capsys):
     def sample(*args, **kwargs):
-        raise error
+        raise torch.OutOfMemoryError("CUDA out of memory.\nSee the manual")
     monkeypatch.setattr(grpo, "sample", sample)
     fails(capsys, lambda: run(grpo, output=tmp_path / "run"), "emory")
 
@@ -513,18 +490,11 @@ def test_a_console_that_is_not_utf_8(tmp_path, monkeypatch):
     assert re.search(r"change: \S+ \? ", said) and (tmp_path / "run" / "model").exists()
 
 
-@pytest.mark.parametrize("variables, line", [
-    ({"WORLD_SIZE": "2", "RANK": "0"}, "several processes are started by torchrun"),
-    ({"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "RANK": "0"}, "LOCAL_RANK is not set"),
-    ({"TORCHELASTIC_RUN_ID": "x", "LOCAL_RANK": "", "WORLD_SIZE": "2", "RANK": "0"},
-     "LOCAL_RANK is not set"),
-    ({"TORCHELASTIC_RUN_ID": "x", "LOCAL_RANK": "0", "WORLD_SIZE": "", "RANK": "0"},
-     "WORLD_SIZE is not set")])
-def test_processes_that_torchrun_did_not_start(variables, line, tmp_path, capsys, monkeypatch):
-    """As of srun, or of half an environment: not several runs that each believe to be alone."""
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    fails(capsys, lambda: run(grpo, output=tmp_path / "run"), line)
+@pytest.mark.parametrize("processes", ["2", ""])
+def test_processes_that_torchrun_did_not_start(processes, tmp_path, capsys, monkeypatch):
+    """Not several runs that each believe to be alone."""
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    fails(capsys, lambda: run(grpo, output=tmp_path / "run"), "are started by torchrun")
     assert not (tmp_path / "run").exists()
 
 

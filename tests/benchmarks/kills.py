@@ -34,25 +34,25 @@ FLAGS = {
     "long_cot_sft": f"{COMMON} --teacher-problems 8 --samples 4 --batch-size 4 --epochs 1",
     "ppo": f"{LOOP} --prompts-per-step 4",
 }
-METHODS = {"begin": "beginning", "measure": "evaluating", "lap": "training", "log": "logging",
+METHODS = {"begin": "beginning", "measure": "evaluating", "log": "logging",
            "save": "saving", "finish": "finishing"}
-PHASES = ["loading", *METHODS.values(), "saving"]  # saving twice as often
+PHASES = ["loading", "training", *METHODS.values(), "saving"]  # saving twice as often
 PHASE = mmap.mmap(-1, 64)  # shared with the forked process, which writes here what it does
-CLOCKS = ("tokens_per_second", "peak_gb")
+CLOCKS = ("tokens_per_second",)
 
 
 def say(phase: str) -> None:
     PHASE[:] = phase.encode().ljust(64)
 
 
-def announce(run_class, name: str, phase: str) -> None:
-    """Makes a method of Run say its phase when it is called."""
-    original = getattr(run_class, name)
+def announce(owner, name: str, phase: str) -> None:
+    """Makes a method of a class say its phase when it is called."""
+    original = getattr(owner, name)
 
     def wrapped(self, *args, **kwargs):
         say(phase)
         return original(self, *args, **kwargs)
-    setattr(run_class, name, wrapped)
+    setattr(owner, name, wrapped)
 
 
 def launch(script: str, argv: list[str], folder: pathlib.Path) -> int:
@@ -66,7 +66,10 @@ def launch(script: str, argv: list[str], folder: pathlib.Path) -> int:
         with open(folder.with_suffix(".log"), "a") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
+        from torch.optim import AdamW
+
         from common.run import Run
+        announce(AdamW, "step", "training")
         for name, phase in METHODS.items():
             announce(Run, name, phase)
         importlib.import_module(script).main(argv)

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from types import SimpleNamespace
+from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
@@ -56,17 +57,27 @@ def as_ended(*given, **named):
     return rollout
 
 
-def our_turn(turn: int) -> list[dict]:
-    """Rows of metrics.jsonl of grpo.py itself."""
+def our_turn(turn: int) -> list[tuple[float, float]]:
+    """Seconds of each step of grpo.py itself, and those of its call of sample()."""
+    sampling = []
+
+    def timed(*given, **named):
+        started = time.perf_counter()
+        rollout = sample_of(*given, **named)
+        sampling.append(time.perf_counter() - started)
+        return rollout
+
+    sample_of = grpo.sample
     with tempfile.TemporaryDirectory() as place, contextlib.redirect_stdout(io.StringIO()), \
-            contextlib.redirect_stderr(io.StringIO()):
+            contextlib.redirect_stderr(io.StringIO()), mock.patch.object(grpo, "sample", timed):
         grpo.main(["--steps", str(STEPS), "--lr", "1e-6", "--eval-problems", "0",
                    "--model", CASE.model, "--dtype", CASE.dtype, "--prompts-per-step", "8",
                    "--group-size", str(CASE.answers), "--max-new-tokens", str(CASE.length),
                    "--micro-batch-tokens", "1024", "--system", "", *CASE.reward,
                    "--seed", str(turn), "--output", f"{place}/run"])
         lines = pathlib.Path(place, "run", "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines[1:]]
+    steps = [json.loads(line)["seconds"] for line in lines]
+    return list(zip(steps, sampling, strict=True))[1:]
 
 
 def trl_turn(turn: int) -> list[float]:
@@ -114,12 +125,11 @@ def against_trl(turns: int) -> None:
         rows += our_turn(turn)
         if importlib.util.find_spec("trl"):
             theirs += trl_turn(turn)
-    parts = ("sampling", "verifying", "training")
-    ours = [sum(row[f"seconds_{part}"] for part in parts) for row in rows]
+    ours = [step for step, _ in rows]
     print("\n| a GRPO step | seconds (lowest to highest) |\n| --- | --- |")
     print(f"| grpo.py | {show(ours)} |")
-    for part in parts:
-        print(f"| of these {part} | {show([row[f'seconds_{part}'] for row in rows])} |")
+    print(f"| of these sampling | {show([sampling for _, sampling in rows])} |")
+    print(f"| of these the rest | {show([step - sampling for step, sampling in rows])} |")
     if theirs:
         ratio = statistics.median(ours) / statistics.median(theirs)
         print(f"| TRL | {show(theirs)} |\n\nours / TRL: {ratio:.2f}")
