@@ -41,8 +41,10 @@ def flag(default, help, low=-math.inf, high=math.inf, above=-math.inf, choices=N
 
 
 def check_range(name: str, value, low, high, above) -> None:
-    """BadInput if a flag's number is too small or too large."""
+    """BadInput if a flag's number is too small, too large or none."""
     place = f"--{name.replace('_', '-')} {value}"
+    if not math.isfinite(value):
+        raise BadInput(f"{place}: must be finite")
     if value < low:
         raise BadInput(f"{place}: must be at least {low}")
     if value > high:
@@ -127,7 +129,7 @@ def read_config(folder: str) -> tuple[dict, dict]:
     path = pathlib.Path(folder) / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        return config, config["flags"]
+        return config, dict(config["flags"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(f"--resume {folder}: no run there, {path.name} cannot be read "
                        f"({type(error).__name__}: {error})") from error

@@ -9,8 +9,8 @@
 
 Nothing random is kept between steps: data order and answers follow from (seed, step). So a
 checkpoint is weights, moments and what has been logged, and on a CPU a resumed run ends with the
-very weights of an uninterrupted one. Files are written beside their place and renamed into it, so
-they are whole whatever moment a run dies at.
+very weights of an uninterrupted one. Checkpoint, configuration and summary are written beside
+their place and renamed into it, so they are whole whatever moment a run dies at.
 """
 import importlib.util
 import itertools
@@ -161,6 +161,8 @@ class Run:
         if self.tensors:
             self.restore()
         self.make_folder()
+        self.write("metrics.jsonl", json_lines(self.rows))  # without steps that are made again
+        self.write("rollouts.jsonl", json_lines(self.answers))
         if self.held_out and "avg_at_k_before" not in self.summary:
             self.measure("before")
         first = len(self.rows)
@@ -187,6 +189,11 @@ class Run:
     def write(self, name: str, text: str) -> None:
         if rank() == 0:
             write_whole(self.folder / name, text)
+
+    def append(self, name: str, rows: list[dict]) -> None:
+        if rank() == 0:
+            with open(self.folder / name, "a", encoding="utf-8") as file:
+                file.write(json_lines(rows))
 
     def elapsed(self) -> float:
         """Seconds of this step so far."""
@@ -226,10 +233,11 @@ class Run:
         for name, value in row.items():
             row[name] = float(f"{value:.5g}") if isinstance(value, float) else value
         self.rows.append(row)
-        self.write("metrics.jsonl", json_lines(self.rows))
+        self.append("metrics.jsonl", [row])
         if rollout is not None:
-            self.answers += some_answers(done, problems, rollout, rewards)
-            self.write("rollouts.jsonl", json_lines(self.answers))
+            answers = some_answers(done, problems, rollout, rewards)
+            self.answers += answers
+            self.append("rollouts.jsonl", answers)
         if self.track:
             self.track({name: x for name, x in row.items() if x is not None}, step=done)
         shown = ("reward", "loss", "length", "entropy", "tokens_per_second")
@@ -337,6 +345,9 @@ def save_model(folder: pathlib.Path, model, tokenizer, args) -> None:
     if model.config.tie_word_embeddings:
         state.pop("lm_head.weight", None)  # a second copy of the embedding
     model.save_pretrained(folder / "model", state_dict=state)
+    if not adapters:  # save_pretrained writes the dtype of the weights that are trained
+        model.config.dtype = dtype
+        model.config.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     if adapters and args.merge:
         from peft import PeftModel
@@ -397,9 +408,12 @@ def tracker(kind: str, folder: pathlib.Path, flags: dict):
 
 def commit() -> str | None:
     """The commit of this code, if it lies in a git repository."""
-    command = f'git -C "{pathlib.Path(__file__).parent}" rev-parse HEAD'
-    failed, said = subprocess.getstatusoutput(command)
-    return None if failed else said
+    command = ["git", "-C", pathlib.Path(__file__).parent, "rev-parse", "HEAD"]
+    try:
+        said = subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return said.strip()
 
 
 def new_folder(place: pathlib.Path) -> pathlib.Path:

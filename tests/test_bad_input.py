@@ -28,6 +28,7 @@ TABLE = [
     (SOME, "--device cuda:99", "--device cuda:99"),
     (SOME, "--max-new-tokens 512", "every prompt is longer than the 0 tokens"),
     (SCRIPTS, "--lr 0", "must be above 0"),
+    (["a script"], "--lr nan", "must be finite"),
     (["a script"], "--lr x", "--lr: invalid float value: 'x'"),
     (["a script"], "--eval-problems -1", "must be at least 0"),
     (["a script"], "--lora-rank -1", "must be at least 0"),

@@ -102,6 +102,14 @@ def test_what_a_run_prints_and_leaves(script, tmp_path, capsys):
     assert AutoTokenizer.from_pretrained(tmp_path / "run" / "model").eos_token == "<|im_end|>"
 
 
+def test_the_config_names_the_dtype_of_the_weights(tmp_path):
+    """Both bfloat16, that of matrix products, while float32 weights were trained."""
+    run(grpo, "--steps", 1, "--dtype", "bfloat16", "--eval-problems", 0, output=tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    dtypes = {weight.dtype for weight in weights_of(tmp_path / "run").values()}
+    assert config["dtype"] == "bfloat16" and dtypes == {torch.bfloat16}
+
+
 @groups
 def test_some_answers_of_every_step_are_kept(script, tmp_path, monkeypatch):
     """Four answers to the first problem per step; an answer's reward is its length in characters, 0
