@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import DynamicCache
+from transformers import DynamicCache, TopPLogitsWarper
 
 from common.distributed import gathered, rank, size
 from common.models import autocast, causal_lm, rows_at_once, stop_ids
@@ -52,19 +52,14 @@ class Rollout:
 
 def sample(model, tokenizer, prompts: list[list[int]], n: int, max_new_tokens: int,
            temperature: float = 1.0, top_p: float = 1.0, seed: int = 0,
-           max_rows: int | None = None, alone: bool = False) -> Rollout:
+           alone: bool = False) -> Rollout:
     """n answers of at most max_new_tokens tokens to each prompt -> Rollout of P * n rows.
 
     temperature 0 is greedy. top_p < 1 changes what is drawn, while logp and entropy stay the
-    model's: for evaluation, biased in a policy gradient. max_rows bounds how many are decoded at
-    once; default: what fits in memory. On several ranks `prompts` are this rank's share and get
-    the answers that one process would give them; alone: each rank draws all of them itself.
-    Raises ValueError for values out of range.
+    model's: for evaluation, biased in a policy gradient. On several ranks `prompts` are this rank's
+    share and get the answers that one process would give them; alone: each rank draws all of them
+    itself.
     """
-    if not prompts or not all(prompts):
-        raise ValueError("sample needs at least one prompt and no empty one")
-    if n < 1 or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"sample: {n=}, {max_new_tokens=}, {temperature=}, {top_p=} out of range")
     lm = causal_lm(model)
     was_training = model.training
     model.eval()
@@ -78,32 +73,23 @@ def sample(model, tokenizer, prompts: list[list[int]], n: int, max_new_tokens: i
     noise = noise[mine::ranks].flatten(0, 1)                                      # (B, T)
     owner = torch.arange(len(prompts)).repeat_interleave(n)                       # (B,)
 
-    longest = max(len(prompt) for prompt in prompts) + max_new_tokens
+    # As many rows at once as fit in memory.
+    longest = max(map(len, prompts)) + max_new_tokens
     stop = torch.tensor(stop_ids(lm, tokenizer), device=lm.device)
     pieces = []
     with gathered(lm), autocast(model):
-        max_rows = max_rows or rows_at_once(model, longest)  # as many as fit in memory
-        for rows in torch.arange(len(owner)).split(max_rows):
-            prompt = owner[rows]
-            first = int(prompt[0])
-            asked = prompts[first:int(prompt[-1]) + 1]
-            piece = decode(
-                lm, asked,
-                owner=prompt - first,
-                noise=noise[rows],
-                stop=stop,
-                temperature=temperature,
-                top_p=top_p)
-            pieces.append(piece)
+        for rows in torch.arange(len(owner)).split(rows_at_once(model, longest)):
+            asked, place = owner[rows].unique(return_inverse=True)
+            asked = [prompts[i] for i in asked]
+            pieces.append(decode(lm, asked, place, noise[rows], stop, temperature, top_p))
     model.train(was_training)
 
     tokens, logp, entropy, lengths, finished = map(torch.cat, zip(*pieces, strict=True))
     T = int(lengths.max())
-    answers = []
-    for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True):
-        answers.append(row[:length])
+    pairs = zip(tokens.tolist(), lengths.tolist(), strict=True)
+    answers = [row[:length] for row, length in pairs]
     return Rollout(
-        prompts=[prompts[i] for i in owner.tolist()],
+        prompts=[prompts[i] for i in owner],
         tokens=tokens[:, :T],
         lengths=lengths,
         logp=logp[:, :T],
@@ -127,17 +113,14 @@ def decode(lm, prompts, owner, noise, stop, temperature, top_p):
 
     # 1. Read each prompt once, padded on the left, and copy its cache to its answers.
     rows = [torch.tensor(prompt, device=device) for prompt in prompts]
-    ones = [torch.ones_like(row) for row in rows]
-    ids = pad_sequence(rows, batch_first=True, padding_side="left")      # (P, S)
-    visible = pad_sequence(ones, batch_first=True, padding_side="left")  # (P, S)
+    ids = pad_sequence(rows, batch_first=True, padding_value=-1, padding_side="left")  # (P, S)
+    visible = (ids >= 0).long()                                          # (P, S)
     position = (visible.cumsum(1) - 1).clamp(min=0)                      # (P, S)
     cache = DynamicCache(config=lm.config)
-    last = torch.tensor([ids.shape[1] - 1], device=device)  # a 1 leaves a strided view: slow head
-    output = lm(ids, visible, position, cache, use_cache=True, logits_to_keep=last)
+    output = lm(ids.clamp(min=0), visible, position, cache, use_cache=True, logits_to_keep=1)
     logits = output.logits[owner, -1]                                    # (B, V)
     cache.batch_select_indices(owner)
     visible = visible[owner]                                             # (B, S)
-    position = position[owner, -1:]                                      # (B, 1)
 
     # 2. Draw a token for every answer until all of them have stopped.
     tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)  # (B, T)
@@ -145,27 +128,22 @@ def decode(lm, prompts, owner, noise, stop, temperature, top_p):
     entropy = torch.zeros(B, max_new_tokens, device=device)              # (B, T)
     lengths = torch.zeros(B, dtype=torch.long, device=device)            # (B,)
     running = torch.arange(B, device=device)                             # (R,)
-    bar = tqdm(
-        desc="sampling",
-        unit=" tokens",
-        delay=5,  # seconds until it shows
-        leave=False,
-        disable=rank() > 0)
-    for t in range(max_new_tokens):
-        scores = logits.float() / (temperature or 1.0)                   # (R, V)
-        full = scores.log_softmax(-1)                                    # (R, V)
-        drawn_from = full if top_p == 1 else keep_top_p(full, top_p)     # (R, V)
+    keep_top_p = TopPLogitsWarper(top_p)
+    steps = range(max_new_tokens)
+    for t in tqdm(steps, "sampling", unit="token", delay=5, leave=False, disable=rank() > 0):
+        full = (logits.float() / (temperature or 1.0)).log_softmax(-1)   # (R, V)
+        probs = full.exp()                                               # (R, V)
+        p_log_p = probs * full.clamp(min=-1e4)                           # (R, V)
+        if top_p < 1:
+            probs = keep_top_p(None, full).exp()                         # (R, V)
         if temperature == 0:
             token = full.argmax(-1)                                      # (R,)
         else:
-            token = pick(drawn_from.exp(), noise[running, t])            # (R,)
+            token = pick(probs, noise[running, t])                       # (R,)
         tokens[running, t] = token
-        its_logp = full.gather(1, token[:, None])                        # (R, 1)
-        logp[running, t] = its_logp[:, 0]
-        weighted = full.exp() * full.clamp(min=-1e4)                     # (R, V), p log p
-        entropy[running, t] = -weighted.sum(-1)
+        logp[running, t] = full.gather(1, token[:, None])[:, 0]
+        entropy[running, t] = -p_log_p.sum(-1)
         lengths[running] = t + 1
-        bar.update(len(running))
 
         # Answers that have stopped leave the batch.
         going_on = ~torch.isin(token, stop)                              # (R,)
@@ -173,18 +151,14 @@ def decode(lm, prompts, owner, noise, stop, temperature, top_p):
             running = running[going_on]
             token = token[going_on]
             visible = visible[going_on]
-            position = position[going_on]
             cache.batch_select_indices(going_on.nonzero()[:, 0])
-            bar.set_postfix_str(f"{B - len(running)} of {B} answers ended", refresh=False)
         if len(running) == 0 or t + 1 == max_new_tokens:
             break
-        token = token[:, None]                                           # (R, 1)
-        one = torch.ones_like(token)                                     # (R, 1)
-        visible = torch.cat([visible, one], 1)                           # (R, S)
-        position = position + 1
-        output = lm(token, visible, position, cache, use_cache=True)
+        one = torch.ones_like(running)                                   # (R,)
+        visible = torch.column_stack([visible, one])                     # (R, S)
+        position = visible.sum(1, keepdim=True) - 1                      # (R, 1)
+        output = lm(token[:, None], visible, position, cache, use_cache=True)
         logits = output.logits[:, -1]                                    # (R, V)
-    bar.close()
 
     # 3. What is still running has been cut off.
     finished = torch.ones(B, dtype=torch.bool, device=device)            # (B,)
@@ -193,26 +167,14 @@ def decode(lm, prompts, owner, noise, stop, temperature, top_p):
 
 
 def pick(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """The first token at which the running sum of probs (R, V) exceeds noise (R,). -> (R,)
+    """The first token at which the running sum of probs (R, V) exceeds noise (R,) -> (R,).
 
     probs need not be normalised; sums are in noise's dtype. A row with a NaN gives the last token.
     """
-    upto = probs.cumsum(-1, dtype=noise.dtype)                                             # (R, V)
-    below_one = noise.clamp(max=1 - torch.finfo(noise.dtype).eps)                          # (R,)
-    goal = below_one[:, None] * upto[:, -1:]                                               # (R, 1)
-    place = torch.searchsorted(upto, goal, right=True)                                     # (R, 1)
-    last = probs.shape[-1] - 1
-    return place[:, 0].clamp(max=last)                                                     # (R,)
-
-
-def keep_top_p(logp: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Log-probs (R, V), -inf outside the smallest set of tokens whose probabilities reach top_p."""
-    ordered, order = logp.sort(dim=-1, descending=True)
-    probs = ordered.exp()                                                                  # (R, V)
-    before = probs.cumsum(-1) - probs         # the token that crosses the line stays in   # (R, V)
-    too_far = before >= top_p                                                              # (R, V)
-    outside = too_far.scatter(-1, order, too_far)              # back in the vocabulary's order
-    return logp.masked_fill(outside, -torch.inf)
+    upto = probs.cumsum(-1, dtype=noise.dtype)                           # (R, V)
+    goal = noise[:, None] * upto[:, -1:]                                 # (R, 1)
+    place = torch.searchsorted(upto, goal, right=True)                   # (R, 1)
+    return place[:, 0].clamp(max=probs.shape[1] - 1)
 
 
 def join(prompts: list[list[int]], tokens: torch.Tensor, lengths: torch.Tensor):
@@ -223,13 +185,13 @@ def join(prompts: list[list[int]], tokens: torch.Tensor, lengths: torch.Tensor):
     single token that predicts nothing.
     """
     if not prompts:
-        return tokens.new_zeros(1, 1), tokens.new_zeros(1, 1, dtype=torch.bool)
-    rows = []
+        return tokens.new_zeros(1, 1), tokens.new_zeros(1, 1).bool()
+    ids = []
+    predicts = []
     for prompt, answer, length in zip(prompts, tokens, lengths.tolist(), strict=True):
-        rows.append(torch.cat([tokens.new_tensor(prompt), answer[:length]]))
-    ids = pad_sequence(rows, batch_first=True)                                   # (B, S)
-    start = lengths.new_tensor([len(prompt) for prompt in prompts])[:, None]     # (B, 1)
-    end = start + lengths[:, None]                                               # (B, 1)
-    following = torch.arange(ids.shape[1], device=ids.device) + 1                # (S,)
-    predicts = (start <= following) & (following < end)                          # (B, S)
-    return ids, predicts
+        row = torch.cat([tokens.new_tensor(prompt), answer[:length]])
+        next_is_answer = torch.zeros_like(row).bool()
+        next_is_answer[len(prompt) - 1:-1] = True
+        ids.append(row)
+        predicts.append(next_is_answer)
+    return pad_sequence(ids, batch_first=True), pad_sequence(predicts, batch_first=True)
