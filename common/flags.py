@@ -79,7 +79,7 @@ class Shared:
     resume: str = flag(None, "folder of an interrupted run to go on with, its flags and all")
 
 
-SHARED_REAL = {"system": BOXED, "micro_batch_tokens": 16384}  # defaults of larger models
+SHARED_REAL = {"system": BOXED, "micro_batch_tokens": 4096}  # defaults of larger models
 
 
 class Parser(argparse.ArgumentParser):

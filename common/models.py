@@ -26,14 +26,13 @@ def model_path(name: str) -> str:
     """`tiny`, a model's or a run's folder -> its path; other names are hub ids. Raises BadInput."""
     if name == "tiny":
         return str(TINY)
-    for folder in (pathlib.Path(name), pathlib.Path(name) / "model"):
-        if (folder / "config.json").is_file() and (folder / "tokenizer_config.json").is_file():
-            return str(folder)
+    for folder in (pathlib.Path(name) / "model", pathlib.Path(name)):
         if (folder / "adapter_config.json").is_file():
             raise BadInput(f"--model {name}: adapters alone; --merge writes a whole model, or give "
                            "its folder merged/")
-    looks_local = name.startswith((".", "/", "~", "runs/")) or name.count("/") > 1
-    if pathlib.Path(name).exists() or looks_local:
+        if (folder / "config.json").is_file():
+            return str(folder)
+    if pathlib.Path(name).exists() or name.startswith((".", "/", "~", "runs/")):
         raise BadInput(f"no model in {name!r}: a model's folder holds config.json, tokenizer files "
                        "and *.safetensors (tiny is the embedded model, Qwen/Qwen3-4B a hub id)")
     return name
@@ -45,26 +44,17 @@ def from_pretrained(loader, name: str, **kwargs):
     try:
         return loader.from_pretrained(path, trust_remote_code=False, **kwargs)
     except Exception as error:  # no network, unknown id, broken files: each library has its own
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        reason = lines[0] if lines else type(error).__name__
-        raise BadInput(f"cannot load model {name!r}: {reason[:300]}") from error
+        raise BadInput(f"cannot load model {name!r}: {str(error).strip()}") from error
 
 
 def is_small(name: str) -> bool:
     """Whether a model is of the embedded one's size, so that flags take their small defaults."""
-    if name == "tiny":
-        return True
-    config = from_pretrained(AutoConfig, name)
-    return getattr(config, "hidden_size", SMALL + 1) <= SMALL
+    return from_pretrained(AutoConfig, name).get_text_config().hidden_size <= SMALL
 
 
 def context_of(name: str) -> int:
-    """How many tokens a model takes, prompt and answer. BadInput if its config does not say."""
-    config = from_pretrained(AutoConfig, name).get_text_config()
-    if not hasattr(config, "max_position_embeddings"):
-        raise BadInput(f"--model {name}: {config.model_type} is not supported: its config has no "
-                       "max_position_embeddings")
-    return config.max_position_embeddings
+    """How many tokens a model takes, prompt and answer."""
+    return from_pretrained(AutoConfig, name).get_text_config().max_position_embeddings
 
 
 def load_tokenizer(name: str):
@@ -74,12 +64,11 @@ def load_tokenizer(name: str):
 def pick_device(name: str) -> torch.device:
     """`auto`, `cpu`, `cuda`, `cuda:1`, `mps` -> a device that is there. Raises BadInput."""
     if name == "auto":
-        local_rank = os.environ.get("LOCAL_RANK", 0)
-        name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"  # the one of this process
     try:
         device = torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise BadInput(f"--device {name}: {str(error).splitlines()[0]}") from error
+        raise BadInput(f"--device {name}: {error}") from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.enable_cudnn_sdp(False)  # plans anew for each shape, and shapes differ
@@ -91,29 +80,34 @@ def load_model(args, trained: bool = True, name: str | None = None, split: bool 
 
     trained: weights in float32, or with args.lora_rank float32 adapters on a base in the compute
     dtype. Otherwise frozen, in the compute dtype. On several ranks the weights are split, unless
-    the caller does that. Raises BadInput.
+    the caller does that. Except on a CPU, the backward pass computes each block again, which takes
+    1.2 times the time and a fraction of the memory. Raises BadInput.
     """
+    name = name or args.model
     device = pick_device(args.device)
     by_device = "float32" if device.type == "cpu" else "bfloat16"
     compute = getattr(torch, by_device if args.dtype == "auto" else args.dtype)
     adapters = trained and args.lora_rank > 0
     stored = torch.float32 if trained and not adapters else compute
-    model, report = from_pretrained(AutoModelForCausalLM, name or args.model, dtype=stored,
-                                    use_safetensors=True, output_loading_info=True)
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise BadInput(f"--model {name or args.model}: {len(missing)} weights are not in its "
-                       f"files, {missing[0]} for one")
+    model, report = from_pretrained(
+        AutoModelForCausalLM, name,
+        dtype=stored,
+        use_safetensors=True,
+        output_loading_info=True)
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise BadInput(f"--model {name}: {len(missing)} weights are not in its files, {missing[0]} "
+                       "for one")
     lm = causal_lm(model)
     no_dropout(lm)
     model.generation_config.do_sample = True  # without it transformers saves no temperature
     lm.compute_dtype = compute
     model.requires_grad_(trained)
-    small = lm.config.hidden_size <= SMALL
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         spare = min(torch.get_num_threads(), max(1, os.cpu_count() - 1))
+        small = lm.config.hidden_size <= SMALL
         torch.set_num_threads(1 if small else spare)  # all crawl where a program holds one core
-    if trained and not small:
+    if trained and device.type != "cpu":
         model.activation_checkpointing_enable({"use_reentrant": False})
     if size() == 1:
         model.to(device)
@@ -141,9 +135,8 @@ def no_dropout(model) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
+        if "attention_dropout" in vars(module):
+            module.attention_dropout = 0.0
 
 
 def add_adapters(model, rank: int):
@@ -196,60 +189,50 @@ def end_of_turn(tokenizer) -> int | None:
     if not tokenizer.chat_template:
         return None
     turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except Exception:  # encode_prompt says what is wrong
-        return None
+    text = tokenizer.apply_chat_template(turns, tokenize=False)
     after = tokenizer(text.rpartition("ANSWER")[2], add_special_tokens=False)["input_ids"]
-    added = tokenizer.added_tokens_decoder
-    if after and after[0] in added and added[after[0]].special:
-        return after[0]
-    return None
+    special = after and not tokenizer.decode(after[0], skip_special_tokens=True)
+    return after[0] if special else None
 
 
 def memory_estimate(model, rows: int, tokens: int, micro_batch_tokens: int) -> str:
-    """One line: GiB of weights and optimiser, and of sampling or training, whichever is larger.
+    """One line: GiB that training on a rollout of rows x tokens takes, to within 15 %.
 
-    rows x tokens is a rollout. A second model (a reference, a critic) is not counted.
+    Not counted: a second model (a reference, a critic), and sampling, which takes what is free, as
+    rows_at_once says.
     """
-    config = causal_lm(model).config
+    lm = causal_lm(model)
+    config = lm.config
     item = compute_dtype(model).itemsize
-    weights = sum(p.numel() * p.element_size() for p in model.parameters()) / size()
-    adam = sum(8 * p.numel() for p in model.parameters() if p.requires_grad) / size()
-    gradients = adam / 2
-    copies = sum(item * p.numel() for p in model.parameters())  # in the compute dtype
-    if item == 4 or model.dtype != torch.float32:
-        copies = 0
-    at_once = min(rows, rows_at_once(model, tokens))
-    sampling = copies + row_bytes(model, tokens) * at_once
-    states = config.hidden_size * config.num_hidden_layers  # numbers per token that are kept
-    block = 12 * config.hidden_size + 4 * config.intermediate_size  # and while a block runs
-    if config.hidden_size <= SMALL:  # all blocks are kept
-        states, block = 0, block * config.num_hidden_layers
+    stored = sum(p.numel() * p.element_size() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    copies = 2 if item == 2 else 0                    # of a weight, in bfloat16
+    block = 12 * config.hidden_size + 4 * config.intermediate_size  # numbers per token
+    if lm.is_activation_checkpointing:
+        kept = config.num_hidden_layers * config.hidden_size + block
+    else:
+        kept = config.num_hidden_layers * block
     batch = min(micro_batch_tokens, rows * tokens)
-    chunk = min(1 << 26, config.vocab_size * micro_batch_tokens)  # logits
-    logits = 4 * chunk * (6 if causal_lm(model).lm_head.weight.requires_grad else 4.7)
-    training = gradients + copies / size() + (states + block) * item * batch + logits
-    gib = [weights, adam, sampling, training, weights + adam + max(sampling, training)]
-    gib = [f"{x / 2**30:.2f}" for x in gib]
-    return (f"memory, GiB: weights {gib[0]}, Adam {gib[1]}, sampling {gib[2]} or training "
-            f"{gib[3]}: about {gib[4]}")
-
-
-def row_bytes(model, tokens: int) -> int:
-    """Bytes of one answer of so many tokens while it is sampled: keys, values, a token's logits."""
-    config = causal_lm(model).config
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    item = compute_dtype(model).itemsize
-    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * head * tokens * item
-    return cache + 20 * config.vocab_size
+    chunk = min(1 << 26, config.vocab_size * batch)   # logits, of which there are up to six copies
+    parts = {
+        "weights": stored / size(),
+        "gradients and AdamW": (4 + 8 + copies) * trained / size(),
+        "activations": item * kept * batch + 6 * 4 * chunk,
+    }
+    shown = ", ".join(f"{name} {value / 2**30:.2f}" for name, value in parts.items())
+    return f"memory, GiB: {shown}: about {sum(parts.values()) / 2**30:.2f}"
 
 
 def rows_at_once(model, tokens: int) -> int:
-    """How many answers are sampled at once: at most 512, and in 60 % of the memory that is free."""
-    free = (8 << 30) / 0.6  # on a CPU: no more than 8 GiB
-    device = causal_lm(model).device
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return max(1, min(512, int(0.6 * free / row_bytes(model, tokens))))
+    """How many answers of so many tokens are sampled at once: at most 512, and in 60 % of the
+    memory that is free, on a CPU in 8 GiB."""
+    lm = causal_lm(model)
+    config = lm.config
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    keys = config.num_hidden_layers * config.num_key_value_heads * head * tokens
+    row = 2 * keys * compute_dtype(model).itemsize + 5 * 4 * config.vocab_size
+    room = 8 << 30
+    if lm.device.type == "cuda":
+        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        room = 0.6 * (torch.cuda.mem_get_info()[0] + unused)
+    return max(1, min(512, int(room / row)))

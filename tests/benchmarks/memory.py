@@ -1,6 +1,6 @@
 """Is the line "memory, GiB" right? Eight blocks of Qwen3-0.6B's shapes, random weights, on a CPU.
 
-    python tests/benchmarks/memory.py           # two cases, float32: minutes, 8 GiB
+    python tests/benchmarks/memory.py           # three cases, float32: minutes, 8 GiB
 
 entropy_min.py trains, since it needs no right answer. Measured is the most that the process holds
 for itself (Linux: RssAnon and VmSwap) less what it holds before a model is there. Aim: within 15 %.
@@ -17,9 +17,10 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 ROOT = pathlib.Path(__file__).parents[2]
-FLAGS = ("--steps 2 --group-size 16 --max-new-tokens 64 --eval-problems 0 --micro-batch-tokens 512 "
-         "--data arithmetic --device cpu")
-CASES = {"all weights": "", "adapters of rank 32": "--lora-rank 32"}
+FLAGS = ("--steps 2 --group-size 16 --max-new-tokens 64 --eval-problems 0 --data arithmetic "
+         "--device cpu --micro-batch-tokens ")
+CASES = {"all weights": "512", "adapters of rank 32": "512 --lora-rank 32",
+         "four times the micro-batch": "2048"}
 CHILD = """
 import re, sys, threading, time
 sys.path.insert(0, sys.argv[1])
