@@ -60,10 +60,21 @@ def evaluate(model, tokenizer, rows: list[dict], reward, k: int, max_new_tokens:
         found = []
         for i, row in enumerate(mine):
             group = slice(i * k, (i + 1) * k)
-            found.append(rate(row, rollout, group, reward))
+            texts = rollout.texts[group]
+            finished = rollout.finished[group].tolist()
+            rewards = [float(reward(text, row)) if ended else 0.0
+                       for text, ended in zip(texts, finished, strict=True)]
+            found.append({
+                "problem": row["problem"],
+                "answer": row["answer"],
+                "responses": texts,
+                "lengths": rollout.lengths[group].tolist(),
+                "finished": finished,
+                "rewards": rewards,
+            })
         for of_ranks in zip(*everyone(found), strict=True):
             answers += of_ranks
-        del answers[start + len(batch):]
+        del answers[start + len(batch):]  # of the padding
     by_problem = [statistics.fmean(row["rewards"]) for row in answers]
     average, error = mean_and_error(by_problem)
     right = [sum(reward >= 1 for reward in row["rewards"]) for row in answers]
@@ -77,25 +88,9 @@ def evaluate(model, tokenizer, rows: list[dict], reward, k: int, max_new_tokens:
         "problems": len(rows),
         "by_problem": by_problem,
         "pass_at": pass_at,
-        "length": statistics.fmean(statistics.fmean(row["lengths"]) for row in answers),
-        "truncated": 1 - statistics.fmean(statistics.fmean(row["finished"]) for row in answers),
+        "length": statistics.fmean(sum(row["lengths"]) / k for row in answers),
+        "truncated": 1 - statistics.fmean(sum(row["finished"]) / k for row in answers),
         "answers": answers,
-    }
-
-
-def rate(row: dict, rollout, group: slice, reward) -> dict:
-    """A problem's answers, those rows of a rollout, with their rewards."""
-    texts = rollout.texts[group]
-    finished = rollout.finished[group].tolist()
-    rewards = [float(reward(text, row)) if ended else 0.0
-               for text, ended in zip(texts, finished, strict=True)]
-    return {
-        "problem": row["problem"],
-        "answer": row["answer"],
-        "responses": texts,
-        "lengths": rollout.lengths[group].tolist(),
-        "finished": finished,
-        "rewards": rewards,
     }
 
 

@@ -8,9 +8,8 @@ is needed. Only the states that predict answer tokens meet the vocabulary, a chu
 """
 import torch
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
-from common.distributed import everyone, gather_rest, gathered, rank
+from common.distributed import everyone, gather_rest, gathered
 from common.flags import BadInput
 from common.models import autocast, causal_lm, compute_dtype
 from common.sampling import join, sample
@@ -21,13 +20,10 @@ def chunk_logprobs(hidden, weight, targets, temperature):
     logits = hidden @ weight.T                                                  # (n, V)
     logits = logits.float() / temperature
     log_z = logits.logsumexp(-1)                                                # (n,)
-    rows = torch.arange(len(targets), device=targets.device)                    # (n,)
-    logp = logits[rows, targets] - log_z                                        # (n,)
-    probs = logits.softmax(-1)                                                  # (n, V)
-    weighted = probs * logits                                                   # (n, V)
-    mean = weighted.sum(-1)                                                     # (n,)
-    entropy = log_z - mean                                                      # (n,), -sum p log p
-    return logp, entropy
+    chosen = logits.gather(1, targets[:, None])[:, 0]                           # (n,)
+    weighted = logits.softmax(-1) * logits                                      # (n, V)
+    entropy = log_z - weighted.sum(-1)                                          # (n,), -sum p log p
+    return chosen - log_z, entropy
 
 
 def token_logprobs(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
@@ -40,14 +36,13 @@ def token_logprobs(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Te
     chunk = chunk or max(1, 2**26 // len(weight))
     if len(hidden) <= chunk:  # a single chunk gains nothing from being computed twice
         return chunk_logprobs(hidden, weight, targets, temperature)
-    logps = []
-    entropies = []
+    parts = []
     pairs = zip(hidden.split(chunk), targets.split(chunk), strict=True)
-    for h, y in pairs:
-        logp, entropy = checkpoint(
-            chunk_logprobs, h, weight, y, temperature, use_reentrant=False)     # (n,) each
-        logps.append(logp)
-        entropies.append(entropy)
+    for states, tokens in pairs:
+        part = checkpoint(
+            chunk_logprobs, states, weight, tokens, temperature, use_reentrant=False)
+        parts.append(part)                                                      # (n,), (n,)
+    logps, entropies = zip(*parts, strict=True)
     return torch.cat(logps), torch.cat(entropies)
 
 
@@ -92,16 +87,13 @@ def old_logprobs(model, rollout, rows, budget: int, temperature: float = 1.0, tr
 
 
 def micro_batches(rollout, rows: torch.Tensor, budget: int):
-    """Row numbers (N,) in parts with rows x longest row <= budget tokens, prompt and answer; a
-    long pass over them shows a bar.
+    """Row numbers (N,) in parts with rows x longest row <= budget tokens, prompt and answer.
 
     Sorted by length, so that a part has little padding; a longer row is a part of its own. Ranks
     compute together, so one that has fewer parts gets empty ones.
     """
     lengths = rollout.lengths.tolist()
-    sizes = {}
-    for row in rows.tolist():
-        sizes[row] = len(rollout.prompts[row]) + lengths[row]
+    sizes = {row: len(rollout.prompts[row]) + lengths[row] for row in rows.tolist()}
     parts = []
     width = 0
     for row in sorted(sizes, key=sizes.get, reverse=True):
@@ -110,12 +102,8 @@ def micro_batches(rollout, rows: torch.Tensor, budget: int):
             width = sizes[row]
         parts[-1].append(row)
     most = max(everyone(len(parts)))
-    while len(parts) < most:
-        parts.append([])
-    batches = []
-    for part in parts:
-        batches.append(rows.new_tensor(part))
-    return tqdm(batches, "micro-batches", delay=5, leave=False, disable=rank() > 0)
+    parts += [[]] * (most - len(parts))
+    return [rows.new_tensor(part) for part in parts]
 
 
 def largest_gap(logp: torch.Tensor, rollout) -> float:
@@ -127,10 +115,11 @@ def largest_gap(logp: torch.Tensor, rollout) -> float:
 
 @torch.no_grad()
 def check_model(model, tokenizer, prompt: list[int], trained: bool = True) -> None:
-    """BadInput if the model is sampled, or trained, as another function than its own forward.
+    """BadInput if the model cannot be sampled, or would be trained as another function.
 
-    A few tokens three ways: the output may be scaled, capped or biased, the cache be of another
-    kind, or the tokenizer that of another model.
+    A few tokens from the sampler, which calls the model's own forward, against the trainer, which
+    does not: the output may be scaled, capped or biased, the cache be of another kind, or the
+    tokenizer that of another model.
     """
     lm = causal_lm(model)
     name = type(lm).__name__
@@ -140,23 +129,14 @@ def check_model(model, tokenizer, prompt: list[int], trained: bool = True) -> No
                        "tokenizer is another model's")
     try:
         rollout = sample(model, tokenizer, [prompt[-9:], prompt[-2:]], 1, 4, alone=True)
-        ids, predicts = join(rollout.prompts, rollout.tokens, rollout.lengths)  # (2, S) each
-        with gathered(lm), autocast(model):  # split again at its end, as an optimiser wants it
-            own = lm(input_ids=ids, use_cache=False).logits[predicts]           # (N, V)
-            hidden = states_before_answers(model, rollout)                      # (N, D)
-            plain = hidden @ lm.lm_head.weight.T                                # (N, V)
-    except (BadInput, torch.OutOfMemoryError):
+        with gathered(lm):  # split again at its end, as an optimiser wants it
+            logp = response_logprobs(model, rollout)                            # (2, T)
+    except torch.OutOfMemoryError:
         raise
     except Exception as error:  # each architecture fails in its own way
-        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise BadInput(f"{name} is not supported: {reason}") from error
-    inside = rollout.mask.bool()                                                # (2, T), N True
-    own = own.float().log_softmax(-1)
-    sampled = own.gather(1, rollout.tokens[inside][:, None])[:, 0]              # (N,)
-    gap = (sampled - rollout.logp[inside]).abs().max().item()
-    if trained:
-        plain = plain.float().log_softmax(-1)
-        gap = max(gap, (own - plain).abs().max().item())
-    if not gap < (1e-3 if compute_dtype(model) == torch.float32 else 1.0):
+        raise BadInput(f"{name} is not supported: {error}") from error
+    gap = largest_gap(logp, rollout)
+    allowed = 1e-3 if compute_dtype(model) == torch.float32 else 1.0
+    if trained and not gap < allowed:  # NaN is refused, too
         raise BadInput(f"{name} is not supported: its own forward differs by {gap:.2g} nats (a "
                        "scale, a cap or a bias at its output?)")

@@ -23,19 +23,16 @@ SMALL = 256  # hidden size up to which a model is of the embedded one's kind
 
 
 def model_path(name: str) -> str:
-    """`tiny`, a model's or a run's folder -> its path; other names are hub ids. Raises BadInput."""
+    """`tiny`, a run's folder or a model's -> its path; other names are hub ids. BadInput."""
     if name == "tiny":
         return str(TINY)
-    for folder in (pathlib.Path(name) / "model", pathlib.Path(name)):
-        if (folder / "adapter_config.json").is_file():
-            raise BadInput(f"--model {name}: adapters alone; --merge writes a whole model, or give "
-                           "its folder merged/")
-        if (folder / "config.json").is_file():
-            return str(folder)
-    if pathlib.Path(name).exists() or name.startswith((".", "/", "~", "runs/")):
-        raise BadInput(f"no model in {name!r}: a model's folder holds config.json, tokenizer files "
-                       "and *.safetensors (tiny is the embedded model, Qwen/Qwen3-4B a hub id)")
-    return name
+    folder = pathlib.Path(name)
+    if (folder / "model").is_dir():
+        folder = folder / "model"
+    if (folder / "adapter_config.json").is_file():
+        raise BadInput(f"--model {name}: adapters alone; --merge writes a whole model, or give its "
+                       "folder merged/")
+    return folder.as_posix()
 
 
 def from_pretrained(loader, name: str, **kwargs):
@@ -204,23 +201,19 @@ def memory_estimate(model, rows: int, tokens: int, micro_batch_tokens: int) -> s
     lm = causal_lm(model)
     config = lm.config
     item = compute_dtype(model).itemsize
-    stored = sum(p.numel() * p.element_size() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    copies = 2 if item == 2 else 0                    # of a weight, in bfloat16
+    batch = min(micro_batch_tokens, rows * tokens)
+    weights = lm.get_memory_footprint() / size()
+    trained = lm.num_parameters(only_trainable=True) / size()
+    optimizer = trained * (12 if item == 4 else 14)  # gradient, two moments, bfloat16 copy
     block = 12 * config.hidden_size + 4 * config.intermediate_size  # numbers per token
+    kept = config.num_hidden_layers * block
     if lm.is_activation_checkpointing:
         kept = config.num_hidden_layers * config.hidden_size + block
-    else:
-        kept = config.num_hidden_layers * block
-    batch = min(micro_batch_tokens, rows * tokens)
-    chunk = min(1 << 26, config.vocab_size * batch)   # logits, of which there are up to six copies
-    parts = {
-        "weights": stored / size(),
-        "gradients and AdamW": (4 + 8 + copies) * trained / size(),
-        "activations": item * kept * batch + 6 * 4 * chunk,
-    }
-    shown = ", ".join(f"{name} {value / 2**30:.2f}" for name, value in parts.items())
-    return f"memory, GiB: {shown}: about {sum(parts.values()) / 2**30:.2f}"
+    logits = 24 * min(1 << 26, config.vocab_size * batch)  # six float32 copies of a chunk
+    activations = kept * item * batch + logits
+    parts = [weights, optimizer, activations, weights + optimizer + activations]
+    return ("memory, GiB: weights {:.2f}, gradients and AdamW {:.2f}, activations {:.2f}: "
+            "about {:.2f}").format(*[part / 2**30 for part in parts])
 
 
 def rows_at_once(model, tokens: int) -> int:
@@ -230,7 +223,7 @@ def rows_at_once(model, tokens: int) -> int:
     config = lm.config
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     keys = config.num_hidden_layers * config.num_key_value_heads * head * tokens
-    row = 2 * keys * compute_dtype(model).itemsize + 5 * 4 * config.vocab_size
+    row = 2 * keys * compute_dtype(model).itemsize + 20 * config.vocab_size  # bytes
     room = 8 << 30
     if lm.device.type == "cuda":
         unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()

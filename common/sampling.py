@@ -128,14 +128,13 @@ def decode(lm, prompts, owner, noise, stop, temperature, top_p):
     entropy = torch.zeros(B, max_new_tokens, device=device)              # (B, T)
     lengths = torch.zeros(B, dtype=torch.long, device=device)            # (B,)
     running = torch.arange(B, device=device)                             # (R,)
-    keep_top_p = TopPLogitsWarper(top_p)
-    steps = range(max_new_tokens)
-    for t in tqdm(steps, "sampling", unit="token", delay=5, leave=False, disable=rank() > 0):
+    steps = tqdm(range(max_new_tokens), "sampling", delay=5, leave=False, disable=rank() > 0)
+    for t in steps:
         full = (logits.float() / (temperature or 1.0)).log_softmax(-1)   # (R, V)
         probs = full.exp()                                               # (R, V)
         p_log_p = probs * full.clamp(min=-1e4)                           # (R, V)
         if top_p < 1:
-            probs = keep_top_p(None, full).exp()                         # (R, V)
+            probs = TopPLogitsWarper(top_p)(None, full).exp()            # (R, V)
         if temperature == 0:
             token = full.argmax(-1)                                      # (R,)
         else:

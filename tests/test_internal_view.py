@@ -186,7 +186,7 @@ def test_samples_follow_softmax_of_the_layer(tokenizer):
     model = random_model("llama", vocab_size=len(tokenizer))
     model.lm_head.weight.data *= 0.1  # flat enough for many tokens to be expected
     part = internal.layer_policy(model, 2)
-    rollout = sample(part, tokenizer, [PROMPTS[0]], n, 1, seed=1, max_rows=n)
+    rollout = sample(part, tokenizer, [PROMPTS[0]], n, 1, seed=1)
     logits = layer_logits(model, torch.tensor([PROMPTS[0]]), layer=2)[0, -1]        # (V,)
     expected = n * logits.double().softmax(-1)                                      # (V,)
     counts = torch.bincount(rollout.tokens[:, 0], minlength=len(expected)).double()  # (V,)

@@ -38,7 +38,7 @@ NAMES = {
         "value_loss(values, old_values, returns, mask, clip=0.2, denominator=None)"],
     "common.sampling": [
         "sample(model, tokenizer, prompts, n, max_new_tokens, temperature=1.0, top_p=1.0, "
-        "seed=0, max_rows=None, alone=False)"],
+        "seed=0, alone=False)"],
     "common.logprobs": [
         "token_logprobs(hidden, weight, targets, temperature=1.0, chunk=None)",
         "response_logprobs(model, rollout, temperature=1.0, trunk=None)",
