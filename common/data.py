@@ -35,6 +35,9 @@ def read_rows(name: str, split: str, flag: str = "--data"):
             from pyarrow import parquet
             with path.open("rb") as file:
                 rows = Dataset(parquet.read_table(file))
+        elif path.exists() or name.count("/") != 1:
+            raise ValueError("give arithmetic, a .jsonl, .json or .parquet file, or a hub id such "
+                             "as openai/gsm8k:main")
         else:
             from datasets import load_dataset
             hub_id, config, own_split = (name.split(":") + ["", ""])[:3]

@@ -32,6 +32,9 @@ def model_path(name: str) -> str:
     if (folder / "adapter_config.json").is_file():
         raise BadInput(f"--model {name}: adapters alone; --merge writes a whole model, or give its "
                        "folder merged/")
+    if not folder.exists() and (name.startswith(".") or name.count("/") != 1):
+        raise BadInput(f"no model in {name!r}: give tiny, a folder with config.json, tokenizer "
+                       "files and *.safetensors, or a hub id such as Qwen/Qwen3-4B")
     return folder.as_posix()
 
 
@@ -192,6 +195,10 @@ def end_of_turn(tokenizer) -> int | None:
     return after[0] if special else None
 
 
+def head_dim(config) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def memory_estimate(model, rows: int, tokens: int, micro_batch_tokens: int) -> str:
     """One line: GiB that training on a rollout of rows x tokens takes, to within 15 %.
 
@@ -204,16 +211,17 @@ def memory_estimate(model, rows: int, tokens: int, micro_batch_tokens: int) -> s
     batch = min(micro_batch_tokens, rows * tokens)
     weights = lm.get_memory_footprint() / size()
     trained = lm.num_parameters(only_trainable=True) / size()
-    optimizer = trained * (12 if item == 4 else 14)  # gradient, two moments, bfloat16 copy
-    block = 12 * config.hidden_size + 4 * config.intermediate_size  # numbers per token
-    kept = config.num_hidden_layers * block
+    adam = trained * (12 if item == 4 else 14)  # gradient, two moments, bfloat16 copy
+    block = 9 * config.num_attention_heads * head_dim(config) + 4 * config.intermediate_size
+    kept = config.num_hidden_layers * block  # numbers per token
     if lm.is_activation_checkpointing:
         kept = config.num_hidden_layers * config.hidden_size + block
-    logits = 24 * min(1 << 26, config.vocab_size * batch)  # six float32 copies of a chunk
+    logits = 20 * min(1 << 26, config.vocab_size * batch)  # five float32 copies of a chunk
     activations = kept * item * batch + logits
-    parts = [weights, optimizer, activations, weights + optimizer + activations]
-    return ("memory, GiB: weights {:.2f}, gradients and AdamW {:.2f}, activations {:.2f}: "
-            "about {:.2f}").format(*[part / 2**30 for part in parts])
+    parts = [weights, adam, activations, weights + adam + activations]
+    gib = [f"{part / 2**30:.2f}" for part in parts]
+    return (f"memory, GiB: weights {gib[0]}, gradients and AdamW {gib[1]}, activations {gib[2]}: "
+            f"about {gib[3]}")
 
 
 def rows_at_once(model, tokens: int) -> int:
@@ -221,8 +229,7 @@ def rows_at_once(model, tokens: int) -> int:
     memory that is free, on a CPU in 8 GiB."""
     lm = causal_lm(model)
     config = lm.config
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    keys = config.num_hidden_layers * config.num_key_value_heads * head * tokens
+    keys = config.num_hidden_layers * config.num_key_value_heads * head_dim(config) * tokens
     row = 2 * keys * compute_dtype(model).itemsize + 20 * config.vocab_size  # bytes
     room = 8 << 30
     if lm.device.type == "cuda":

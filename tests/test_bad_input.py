@@ -56,7 +56,7 @@ TABLE = [
     (EVALUATE, "--top-p 0", "must be above 0"),
     # models
     (SOME, "--model ./missing", "no model in './missing'"),
-    (SOME, "--model empty", "no model in 'empty'"),                 # a folder without a model
+    (SOME, "--model empty", "cannot load model 'empty'"),           # a folder without a model
     (SOME, "--model nobody/nothing", "cannot load model 'nobody/nothing'"),      # a hub id, offline
     (SOME, "--model notjson", "cannot load model 'notjson'"),       # config.json is not JSON
     (SOME, "--model cut", "cannot load model 'cut'"),               # half of model.safetensors
