@@ -20,7 +20,7 @@ ANSWER_COLUMNS = ("answer", "final_answer", "reward_model", "ground_truth", "exp
                   "target", "solution")
 
 
-def read_rows(name: str, split: str, flag: str = "--data"):
+def read_rows(name, split, flag="--data"):
     """A local file's or a hub dataset's rows as they are: a list or a Dataset of dicts.
 
     name: a file, or owner/set[:config[:split]]. Raises BadInput, which names the flag.
@@ -31,10 +31,8 @@ def read_rows(name: str, split: str, flag: str = "--data"):
         if kind in (".jsonl", ".json"):
             rows = read_json(path)
         elif kind == ".parquet":
-            from datasets import Dataset  # slow to import
-            from pyarrow import parquet
-            with path.open("rb") as file:
-                rows = Dataset(parquet.read_table(file))
+            from pyarrow import parquet  # slow to import
+            rows = parquet.read_table(path.open("rb")).to_pylist()
         elif path.exists() or name.count("/") != 1:
             raise ValueError("give arithmetic, a .jsonl, .json or .parquet file, or a hub id such "
                              "as openai/gsm8k:main")
@@ -49,7 +47,7 @@ def read_rows(name: str, split: str, flag: str = "--data"):
     return rows
 
 
-def read_json(path: pathlib.Path) -> list[dict]:
+def read_json(path) -> list[dict]:
     """A list of objects, or an object per line. ValueError says what is wrong and where."""
     text = path.read_text(encoding="utf-8-sig")
     is_list = text.lstrip().startswith("[")
@@ -74,7 +72,7 @@ def write_whole(path: pathlib.Path, text: str) -> None:
     temporary.replace(path)
 
 
-def find_column(rows, known: tuple[str, ...], place: str) -> str:
+def find_column(rows, known, place) -> str:
     """The first of the known columns that one of the first rows has, in any case. BadInput."""
     columns = {name.lower(): name for row in islice(rows, 100) for name in row}
     for name in known:
@@ -118,8 +116,7 @@ def gold_answer(cell) -> str | None:
     return text if verify.parses(text) else None
 
 
-def load_problems(name: str, split: str = "train", held_out: bool = False, seed: int = 0,
-                  count: int | None = None, flag: str = "--data") -> list[dict]:
+def load_problems(name, split="train", held_out=False, seed=0, count=None, flag="--data"):
     """-> rows with every column of the data, each problem once, `count` of them by the seed.
 
     "problem" is a text or a list of chat messages, "answer" the gold as text. held_out takes the
@@ -151,7 +148,7 @@ def load_problems(name: str, split: str = "train", held_out: bool = False, seed:
     return kept[:count]
 
 
-def load_train_and_eval(args) -> tuple[list[dict], list[dict]]:
+def load_train_and_eval(args):
     """The training and the evaluation rows of a run; no problem is in both.
 
     Without --eval-data, `arithmetic` has a part of its own for evaluation, and of other data
@@ -171,13 +168,13 @@ def load_train_and_eval(args) -> tuple[list[dict], list[dict]]:
     return train, held_out
 
 
-def fingerprint(train: list[dict], held_out: list[dict]) -> str:
+def fingerprint(train, held_out) -> str:
     """A hash of all problems and golds, in their order."""
     text = json.dumps([[row["problem"], row["answer"]] for row in train + held_out])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def batch_of(rows: list, step: int, size: int, seed: int) -> list:
+def batch_of(rows, step, size, seed) -> list:
     """The `size` rows of step 0, 1, 2, ...: pieces of one shuffled pass after another.
 
     Depends on its arguments alone, so a resumed run goes on where the data stood.
@@ -190,7 +187,7 @@ def batch_of(rows: list, step: int, size: int, seed: int) -> list:
     return passes[place:place + size]
 
 
-def encode_prompt(tokenizer, problem: str | list[dict], system: str = "") -> list[int]:
+def encode_prompt(tokenizer, problem, system="") -> list[int]:
     """A problem (text or chat messages) -> token ids up to where the assistant begins to write.
 
     The chat template decides about special tokens, once. Templates that know `enable_thinking`
@@ -212,7 +209,7 @@ def encode_prompt(tokenizer, problem: str | list[dict], system: str = "") -> lis
     return encoded["input_ids"]
 
 
-def drop_long_prompts(tokenizer, rows: list[dict], system: str, longest: int) -> list[dict]:
+def drop_long_prompts(tokenizer, rows, system, longest) -> list[dict]:
     """The rows whose prompt has at most `longest` tokens; the others are counted in a line.
 
     A token has a byte or more, so a text of far fewer bytes is not encoded to find out.

@@ -24,7 +24,7 @@ from common.sampling import sample
 from common.verify import verify
 
 
-def pass_at_k(n: int, c: int, k: int) -> float:
+def pass_at_k(n, c, k) -> float:
     """Chance that k answers, drawn without replacement from n of which c are right, hold a right
     one: 1 - C(n-c, k) / C(n, k), unbiased (Chen et al. 2021, arXiv 2107.03374).
 
@@ -35,19 +35,19 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
     """The mean and its standard error, NaN for a single value."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return mean, math.nan
-    return mean, statistics.stdev(values) / math.sqrt(len(values))
+    error = math.nan
+    if len(values) > 1:
+        error = statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.fmean(values), error
 
 
-def evaluate(model, tokenizer, rows: list[dict], reward, k: int, max_new_tokens: int,
-             temperature: float = 1.0, top_p: float = 1.0, seed: int = 0, system: str = "") -> dict:
+def evaluate(model, tokenizer, rows, reward, k, max_new_tokens, temperature=1.0, top_p=1.0, seed=0,
+             system="") -> dict:
     """Samples k answers to each row's problem and rates them by reward(text, row) -> float.
 
     -> avg_at_k, standard_error, pass_at {1: .., k: ..}, length (tokens), truncated (share),
-    by_problem (mean rewards), and answers: a dict per row with problem, answer, responses,
-    lengths, finished, rewards.
+    by_problem (mean rewards), and answers: the rows, each with responses, lengths, finished,
+    rewards.
     """
     answers = []
     for start in tqdm(range(0, len(rows), 64), "evaluating", leave=False, disable=rank() > 0):
@@ -56,7 +56,11 @@ def evaluate(model, tokenizer, rows: list[dict], reward, k: int, max_new_tokens:
         mine = share(batch + padding)
         prompts = [encode_prompt(tokenizer, row["problem"], system) for row in mine]
         rollout = sample(
-            model, tokenizer, prompts, k, max_new_tokens, temperature, top_p, seed=seed + start)
+            model, tokenizer, prompts, k,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed + start)
         found = []
         for i, row in enumerate(mine):
             group = slice(i * k, (i + 1) * k)
@@ -65,8 +69,7 @@ def evaluate(model, tokenizer, rows: list[dict], reward, k: int, max_new_tokens:
             rewards = [float(reward(text, row)) if ended else 0.0
                        for text, ended in zip(texts, finished, strict=True)]
             found.append({
-                "problem": row["problem"],
-                "answer": row["answer"],
+                **row,
                 "responses": texts,
                 "lengths": rollout.lengths[group].tolist(),
                 "finished": finished,
@@ -78,9 +81,7 @@ def evaluate(model, tokenizer, rows: list[dict], reward, k: int, max_new_tokens:
     by_problem = [statistics.fmean(row["rewards"]) for row in answers]
     average, error = mean_and_error(by_problem)
     right = [sum(reward >= 1 for reward in row["rewards"]) for row in answers]
-    pass_at = {}
-    for j in range(1, k + 1):
-        pass_at[j] = statistics.fmean(pass_at_k(k, c, j) for c in right)
+    pass_at = {j: statistics.fmean(pass_at_k(k, c, j) for c in right) for j in range(1, k + 1)}
     return {
         "avg_at_k": average,
         "standard_error": error,
@@ -94,7 +95,7 @@ def evaluate(model, tokenizer, rows: list[dict], reward, k: int, max_new_tokens:
     }
 
 
-def describe(result: dict) -> str:
+def describe(result) -> str:
     """One line: Avg@k ± standard error, Pass@k, length."""
     k = result["k"]
     return (f"Avg@{k} {result['avg_at_k']:.3f} ± {result['standard_error']:.3f}   "

@@ -26,8 +26,7 @@ def chunk_logprobs(hidden, weight, targets, temperature):
     return chosen - log_z, entropy
 
 
-def token_logprobs(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
-                   temperature: float = 1.0, chunk: int | None = None):
+def token_logprobs(hidden, weight, targets, temperature=1.0, chunk=None):
     """log softmax(hidden @ weight.T / temperature) at the targets, and the entropy; nats, float32.
 
     hidden (N, D), weight (V, D), targets (N,) -> logp (N,), entropy (N,). `chunk` tokens at a
@@ -46,7 +45,7 @@ def token_logprobs(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Te
     return torch.cat(logps), torch.cat(entropies)
 
 
-def states_before_answers(model, rollout, trunk=None) -> torch.Tensor:
+def states_before_answers(model, rollout, trunk=None):
     """The states (N, D) that predict a rollout's answer tokens, row after row.
 
     trunk: blocks to run instead of the model's own, such as its first few (BuPO).
@@ -60,7 +59,7 @@ def states_before_answers(model, rollout, trunk=None) -> torch.Tensor:
     return hidden[predicts]                                                     # (N, D)
 
 
-def response_logprobs(model, rollout, temperature: float = 1.0, trunk=None) -> torch.Tensor:
+def response_logprobs(model, rollout, temperature=1.0, trunk=None):
     """Log-probs (B, T) of a rollout's answer tokens, nats, 0 outside the answers.
 
     temperature divides the logits, as it does in sampling.
@@ -76,7 +75,7 @@ def response_logprobs(model, rollout, temperature: float = 1.0, trunk=None) -> t
 
 
 @torch.no_grad()
-def old_logprobs(model, rollout, rows, budget: int, temperature: float = 1.0, trunk=None):
+def old_logprobs(model, rollout, rows, budget, temperature=1.0, trunk=None):
     """response_logprobs without gradient, a micro-batch at a time -> (B, T), 0 but in `rows`."""
     logp = torch.zeros_like(rollout.mask)                                       # (B, T)
     with gathered(causal_lm(model)):  # no backward pass follows that would split it again
@@ -86,7 +85,7 @@ def old_logprobs(model, rollout, rows, budget: int, temperature: float = 1.0, tr
     return logp
 
 
-def micro_batches(rollout, rows: torch.Tensor, budget: int):
+def micro_batches(rollout, rows, budget):
     """Row numbers (N,) in parts with rows x longest row <= budget tokens, prompt and answer.
 
     Sorted by length, so that a part has little padding; a longer row is a part of its own. Ranks
@@ -106,24 +105,23 @@ def micro_batches(rollout, rows: torch.Tensor, budget: int):
     return [rows.new_tensor(part) for part in parts]
 
 
-def largest_gap(logp: torch.Tensor, rollout) -> float:
+def largest_gap(logp, rollout) -> float:
     """The largest difference of the trainer's log-probs (B, T) from the sampler's, nats."""
-    gaps = (logp.detach() - rollout.logp).abs()                                 # (B, T)
-    gaps = gaps * rollout.mask
+    gaps = (logp.detach() - rollout.logp).abs() * rollout.mask                  # (B, T)
     return gaps.max().item() if gaps.numel() else 0.0
 
 
 @torch.no_grad()
-def check_model(model, tokenizer, prompt: list[int], trained: bool = True) -> None:
+def check_model(model, tokenizer, prompt, trained=True) -> None:
     """BadInput if the model cannot be sampled, or would be trained as another function.
 
-    A few tokens from the sampler, which calls the model's own forward, against the trainer, which
-    does not: the output may be scaled, capped or biased, the cache be of another kind, or the
-    tokenizer that of another model.
+    The sampler, which calls the model's own forward, says a few tokens behind the end of a prompt
+    (token ids); the trainer, which does not, must have the same log-probs. The output may be
+    scaled, capped or biased, the cache of another kind, the tokenizer that of another model.
     """
     lm = causal_lm(model)
     name = type(lm).__name__
-    known = len(lm.get_input_embeddings().weight)
+    known = lm.config.vocab_size
     if max(prompt) >= known:
         raise BadInput(f"the prompt has the token {max(prompt)} and the model {known} of them: the "
                        "tokenizer is another model's")

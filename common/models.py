@@ -24,9 +24,7 @@ SMALL = 256  # hidden size up to which a model is of the embedded one's kind
 
 def model_path(name: str) -> str:
     """`tiny`, a run's folder or a model's -> its path; other names are hub ids. BadInput."""
-    if name == "tiny":
-        return str(TINY)
-    folder = pathlib.Path(name)
+    folder = TINY if name == "tiny" else pathlib.Path(name)
     if (folder / "model").is_dir():
         folder = folder / "model"
     if (folder / "adapter_config.json").is_file():
@@ -75,7 +73,7 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def load_model(args, trained: bool = True, name: str | None = None, split: bool = True):
+def load_model(args, trained=True, name=None, split=True):
     """args.model, or another name, as a transformers model on args.device, in eval mode.
 
     trained: weights in float32, or with args.lora_rank float32 adapters on a base in the compute
@@ -191,15 +189,16 @@ def end_of_turn(tokenizer) -> int | None:
     turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]
     text = tokenizer.apply_chat_template(turns, tokenize=False)
     after = tokenizer(text.rpartition("ANSWER")[2], add_special_tokens=False)["input_ids"]
-    special = after and not tokenizer.decode(after[0], skip_special_tokens=True)
-    return after[0] if special else None
+    if after and not tokenizer.decode(after[0], skip_special_tokens=True):
+        return after[0]
+    return None
 
 
 def head_dim(config) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def memory_estimate(model, rows: int, tokens: int, micro_batch_tokens: int) -> str:
+def memory_estimate(model, rows, tokens, micro_batch_tokens) -> str:
     """One line: GiB that training on a rollout of rows x tokens takes, to within 15 %.
 
     Not counted: a second model (a reference, a critic), and sampling, which takes what is free, as

@@ -34,12 +34,12 @@ class Rollout:
     texts: list[str]           # B decoded answers, special tokens left out
 
     @property
-    def mask(self) -> torch.Tensor:
+    def mask(self):
         """(B, T), 1.0 on an answer's tokens, the stop token included; by length, never by ids."""
         place = torch.arange(self.tokens.shape[1], device=self.tokens.device)    # (T,)
         return (place < self.lengths[:, None]).float()
 
-    def __getitem__(self, rows: torch.Tensor) -> "Rollout":
+    def __getitem__(self, rows) -> "Rollout":
         """The rows with these numbers (b,). T stays, so they line up with the whole rollout."""
         chosen = {}
         for name, value in vars(self).items():
@@ -50,10 +50,9 @@ class Rollout:
         return Rollout(**chosen)
 
 
-def sample(model, tokenizer, prompts: list[list[int]], n: int, max_new_tokens: int,
-           temperature: float = 1.0, top_p: float = 1.0, seed: int = 0,
-           alone: bool = False) -> Rollout:
-    """n answers of at most max_new_tokens tokens to each prompt -> Rollout of P * n rows.
+def sample(model, tokenizer, prompts, n, max_new_tokens, temperature=1.0, top_p=1.0, seed=0,
+           alone=False) -> Rollout:
+    """n answers of at most max_new_tokens tokens to each prompt, a list of token ids.
 
     temperature 0 is greedy. top_p < 1 changes what is drawn, while logp and entropy stay the
     model's: for evaluation, biased in a policy gradient. On several ranks `prompts` are this rank's
@@ -65,12 +64,11 @@ def sample(model, tokenizer, prompts: list[list[int]], n: int, max_new_tokens: i
     model.eval()
 
     # A random number for every token of every answer of all ranks; this rank takes its own.
-    ranks = 1 if alone else size()
-    mine = 0 if alone else rank()
+    first, ranks = (0, 1) if alone else (rank(), size())
     shape = (len(prompts) * ranks, n, max_new_tokens)
     generator = torch.Generator().manual_seed(seed)
     noise = torch.rand(shape, dtype=torch.float64, generator=generator)
-    noise = noise[mine::ranks].flatten(0, 1)                                      # (B, T)
+    noise = noise[first::ranks].flatten(0, 1)                                     # (B, T)
     owner = torch.arange(len(prompts)).repeat_interleave(n)                       # (B,)
 
     # As many rows at once as fit in memory.
@@ -79,9 +77,16 @@ def sample(model, tokenizer, prompts: list[list[int]], n: int, max_new_tokens: i
     pieces = []
     with gathered(lm), autocast(model):
         for rows in torch.arange(len(owner)).split(rows_at_once(model, longest)):
-            asked, place = owner[rows].unique(return_inverse=True)
-            asked = [prompts[i] for i in asked]
-            pieces.append(decode(lm, asked, place, noise[rows], stop, temperature, top_p))
+            numbers, place = owner[rows].unique(return_inverse=True)
+            piece = decode(
+                lm,
+                [prompts[i] for i in numbers],
+                owner=place,
+                noise=noise[rows],
+                stop=stop,
+                temperature=temperature,
+                top_p=top_p)
+            pieces.append(piece)
     model.train(was_training)
 
     tokens, logp, entropy, lengths, finished = map(torch.cat, zip(*pieces, strict=True))
@@ -113,26 +118,41 @@ def decode(lm, prompts, owner, noise, stop, temperature, top_p):
 
     # 1. Read each prompt once, padded on the left, and copy its cache to its answers.
     rows = [torch.tensor(prompt, device=device) for prompt in prompts]
-    ids = pad_sequence(rows, batch_first=True, padding_value=-1, padding_side="left")  # (P, S)
+    ids = pad_sequence(
+        rows,
+        batch_first=True,
+        padding_value=-1,
+        padding_side="left")                                             # (P, S)
     visible = (ids >= 0).long()                                          # (P, S)
-    position = (visible.cumsum(1) - 1).clamp(min=0)                      # (P, S)
+    position = visible.cumsum(1) - 1                                     # (P, S)
     cache = DynamicCache(config=lm.config)
-    output = lm(ids.clamp(min=0), visible, position, cache, use_cache=True, logits_to_keep=1)
+    output = lm(
+        ids.clamp(min=0),
+        visible,
+        position,
+        cache,
+        use_cache=True,
+        logits_to_keep=1)
     logits = output.logits[owner, -1]                                    # (B, V)
     cache.batch_select_indices(owner)
     visible = visible[owner]                                             # (B, S)
 
     # 2. Draw a token for every answer until all of them have stopped.
-    tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)  # (B, T)
     logp = torch.zeros(B, max_new_tokens, device=device)                 # (B, T)
-    entropy = torch.zeros(B, max_new_tokens, device=device)              # (B, T)
-    lengths = torch.zeros(B, dtype=torch.long, device=device)            # (B,)
+    entropy = torch.zeros_like(logp)                                     # (B, T)
+    tokens = torch.zeros_like(logp, dtype=torch.long)                    # (B, T)
     running = torch.arange(B, device=device)                             # (R,)
-    steps = tqdm(range(max_new_tokens), "sampling", delay=5, leave=False, disable=rank() > 0)
+    lengths = torch.zeros_like(running)                                  # (B,)
+    steps = tqdm(
+        range(max_new_tokens),
+        "sampling",
+        delay=5,  # seconds until it shows
+        leave=False,
+        disable=rank() > 0)
     for t in steps:
         full = (logits.float() / (temperature or 1.0)).log_softmax(-1)   # (R, V)
         probs = full.exp()                                               # (R, V)
-        p_log_p = probs * full.clamp(min=-1e4)                           # (R, V)
+        entropy[running, t] = -(probs * full).sum(-1)
         if top_p < 1:
             probs = TopPLogitsWarper(top_p)(None, full).exp()            # (R, V)
         if temperature == 0:
@@ -141,7 +161,6 @@ def decode(lm, prompts, owner, noise, stop, temperature, top_p):
             token = pick(probs, noise[running, t])                       # (R,)
         tokens[running, t] = token
         logp[running, t] = full.gather(1, token[:, None])[:, 0]
-        entropy[running, t] = -p_log_p.sum(-1)
         lengths[running] = t + 1
 
         # Answers that have stopped leave the batch.
@@ -160,12 +179,12 @@ def decode(lm, prompts, owner, noise, stop, temperature, top_p):
         logits = output.logits[:, -1]                                    # (R, V)
 
     # 3. What is still running has been cut off.
-    finished = torch.ones(B, dtype=torch.bool, device=device)            # (B,)
+    finished = lengths > 0                                               # (B,), True
     finished[running] = False
     return tokens, logp, entropy, lengths, finished
 
 
-def pick(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+def pick(probs, noise):
     """The first token at which the running sum of probs (R, V) exceeds noise (R,) -> (R,).
 
     probs need not be normalised; sums are in noise's dtype. A row with a NaN gives the last token.
@@ -176,8 +195,9 @@ def pick(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     return place[:, 0].clamp(max=probs.shape[1] - 1)
 
 
-def join(prompts: list[list[int]], tokens: torch.Tensor, lengths: torch.Tensor):
-    """Prompts and answers, padded on the right -> ids (B, S), predicts (B, S).
+def join(prompts, tokens, lengths):
+    """Prompts (B lists of ids) and answers (B, T), of lengths (B,), as rows that are padded on the
+    right -> ids (B, S), predicts (B, S).
 
     predicts is True where the *next* token belongs to the answer, so hidden[predicts] (N, D) are
     the states that predict the answers' tokens, row after row. No row at all becomes one of a
