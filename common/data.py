@@ -47,7 +47,7 @@ def read_rows(name, split, flag="--data"):
     return rows
 
 
-def read_json(path) -> list[dict]:
+def read_json(path):
     """A list of objects, or an object per line. ValueError says what is wrong and where."""
     text = path.read_text(encoding="utf-8-sig")
     is_list = text.lstrip().startswith("[")
@@ -84,7 +84,7 @@ def find_column(rows, known, place) -> str:
 
 def is_text(x) -> bool:
     """A string that is not blank, without half a surrogate pair, which JSON can spell."""
-    return isinstance(x, str) and bool(x.strip()) and not re.search("[\ud800-\udfff]", x)
+    return isinstance(x, str) and x.strip() != "" and not re.search("[\ud800-\udfff]", x)
 
 
 def is_chat(x) -> bool:

@@ -33,8 +33,8 @@ def pass_at_k(n, c, k) -> float:
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """The mean and its standard error, NaN for a single value."""
+def mean_and_error(values):
+    """Numbers -> their mean and its standard error, NaN for a single value."""
     error = math.nan
     if len(values) > 1:
         error = statistics.stdev(values) / math.sqrt(len(values))
@@ -57,9 +57,7 @@ def evaluate(model, tokenizer, rows, reward, k, max_new_tokens, temperature=1.0,
         prompts = [encode_prompt(tokenizer, row["problem"], system) for row in mine]
         rollout = sample(
             model, tokenizer, prompts, k,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
+            max_new_tokens, temperature, top_p,
             seed=seed + start)
         found = []
         for i, row in enumerate(mine):
@@ -147,8 +145,14 @@ def main(argv=None):
     first = encode_prompt(tokenizer, rows[0]["problem"], args.system)
     check_model(model, tokenizer, first, trained=False)
     print(f"first prompt: {tokenizer.decode(first)!r}")
-    result = evaluate(model, tokenizer, rows, reward_of, args.k, args.max_new_tokens,
-                      args.temperature, args.top_p, args.seed, args.system)
+    result = evaluate(
+        model, tokenizer, rows, reward_of,
+        args.k,
+        args.max_new_tokens,
+        args.temperature,
+        args.top_p,
+        args.seed,
+        args.system)
     print(describe(result))
     print("   ".join(f"Pass@{j} {value:.3f}" for j, value in result["pass_at"].items()))
     if args.output and rank() == 0:

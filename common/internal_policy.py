@@ -28,7 +28,10 @@ def first_blocks(model, layer: int, final_norm: bool = False) -> nn.Module:
         return trunk
     view = copy.copy(trunk)
     norm = trunk.norm if final_norm else nn.Identity()
-    view._modules = {**trunk._modules, "layers": trunk.layers[:layer], "norm": norm}
+    view._modules = {
+        **trunk._modules,
+        "layers": trunk.layers[:layer],
+        "norm": norm}
     return view
 
 
@@ -68,34 +71,30 @@ def block_streams(model, input_ids, attention_mask, mask, visit) -> None:
     caught = {}
     handles = []
 
-    def tensor(output):
-        return output[0] if isinstance(output, tuple) else output
-
-    def catch(name_in, name_out):
+    def catch(label):
         def hook(module, args, kwargs, output):
-            caught[name_in] = (args[0] if args else kwargs["hidden_states"])[keep]
-            caught[name_out] = tensor(output)[keep]
+            entering = args[0] if args else kwargs["hidden_states"]
+            leaving = output[0] if isinstance(output, tuple) else output
+            caught[f"{label}_in"] = entering[keep]
+            caught[f"{label}_out"] = leaving[keep]
         return hook
 
-    def leave(block, args, kwargs, output):
-        streams = {"layer_in": (args[0] if args else kwargs["hidden_states"])[keep]}
-        streams["layer_out"] = tensor(output)[keep]
-        streams.update(caught)
-        added = streams["layer_in"] + streams["attn_out"] + streams["ffn_out"]
-        error = (added - streams["layer_out"]).norm()
-        if error > 0.01 * streams["layer_out"].norm():
+    def leave(block, args, output):
+        added = caught["layer_in"] + caught["attn_out"] + caught["ffn_out"]
+        error = (added - caught["layer_out"]).norm()
+        if error > 0.01 * caught["layer_out"].norm():
             raise BadInput(f"{type(lm).__name__}: its blocks do not just add what attention and "
                            "FFN put out, so they have no such policies")
-        visit(streams)
+        visit(dict(caught))
 
     for block in lm.model.layers:
         for name, label in (("self_attn", "attn"), ("mlp", "ffn")):
-            module = getattr(block, name, None)
-            if module is None:
+            if not hasattr(block, name):
                 raise BadInput(f"{type(lm).__name__}: not every block has {name}")
-            hook = catch(f"{label}_in", f"{label}_out")
-            handles.append(module.register_forward_hook(hook, with_kwargs=True))
-        handles.append(block.register_forward_hook(leave, with_kwargs=True))
+            part = getattr(block, name)
+            handles.append(part.register_forward_hook(catch(label), with_kwargs=True))
+        handles.append(block.register_forward_hook(catch("layer"), with_kwargs=True))
+        handles.append(block.register_forward_hook(leave))
     try:
         with gathered(lm), autocast(model):
             lm.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
@@ -117,8 +116,8 @@ def internal_entropies(model, input_ids, attention_mask, mask) -> dict[str, torc
     def visit(streams):
         means = {}
         for name, x in streams.items():
-            pieces = [entropy(head(piece)).sum().item() for piece in x.split(chunk)]
-            means[name] = sum(pieces) / len(x)
+            sums = [entropy(head(piece)).sum().item() for piece in x.split(chunk)]
+            means[name] = sum(sums) / len(x)
         blocks.append(means)
 
     block_streams(model, input_ids, attention_mask, mask, visit)
@@ -127,8 +126,10 @@ def internal_entropies(model, input_ids, attention_mask, mask) -> dict[str, torc
 
 def entropy_changes(entropies: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What leaves minus what enters, per block (eqs. 8, 11-13) -> "attn", "ffn", "layer": (L,)."""
-    return {name: entropies[f"{name}_out"] - entropies[f"{name}_in"]
-            for name in ("attn", "ffn", "layer")}
+    changes = {}
+    for name in ("attn", "ffn", "layer"):
+        changes[name] = entropies[f"{name}_out"] - entropies[f"{name}_in"]
+    return changes
 
 
 def boundary_layer(ffn_change, tolerance: float = 0.05) -> int:
@@ -144,4 +145,5 @@ def boundary_layer(ffn_change, tolerance: float = 0.05) -> int:
         raise ValueError("no block's FFN raises the entropy, so there is no exploration region: "
                          "name a layer yourself")
     first = rises.index(True)
-    return first + [*rises[first:], False].index(False)
+    behind = [*rises[first:], False]
+    return first + behind.index(False)

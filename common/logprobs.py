@@ -36,11 +36,15 @@ def token_logprobs(hidden, weight, targets, temperature=1.0, chunk=None):
     if len(hidden) <= chunk:  # a single chunk gains nothing from being computed twice
         return chunk_logprobs(hidden, weight, targets, temperature)
     parts = []
-    pairs = zip(hidden.split(chunk), targets.split(chunk), strict=True)
-    for states, tokens in pairs:
+    for states, tokens in zip(hidden.split(chunk), targets.split(chunk), strict=True):
         part = checkpoint(
-            chunk_logprobs, states, weight, tokens, temperature, use_reentrant=False)
-        parts.append(part)                                                      # (n,), (n,)
+            chunk_logprobs,
+            states,
+            weight,
+            tokens,
+            temperature,
+            use_reentrant=False)                                                # (n,), (n,)
+        parts.append(part)
     logps, entropies = zip(*parts, strict=True)
     return torch.cat(logps), torch.cat(entropies)
 

@@ -215,8 +215,8 @@ def memory_estimate(model, rows, tokens, micro_batch_tokens) -> str:
     kept = config.num_hidden_layers * block  # numbers per token
     if lm.is_activation_checkpointing:
         kept = config.num_hidden_layers * config.hidden_size + block
-    logits = 20 * min(1 << 26, config.vocab_size * batch)  # five float32 copies of a chunk
-    activations = kept * item * batch + logits
+    activations = kept * item * batch
+    activations += 20 * min(1 << 26, config.vocab_size * batch)  # a chunk of logits, five times
     parts = [weights, adam, activations, weights + adam + activations]
     gib = [f"{part / 2**30:.2f}" for part in parts]
     return (f"memory, GiB: weights {gib[0]}, gradients and AdamW {gib[1]}, activations {gib[2]}: "

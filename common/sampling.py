@@ -77,15 +77,11 @@ def sample(model, tokenizer, prompts, n, max_new_tokens, temperature=1.0, top_p=
     pieces = []
     with gathered(lm), autocast(model):
         for rows in torch.arange(len(owner)).split(rows_at_once(model, longest)):
-            numbers, place = owner[rows].unique(return_inverse=True)
+            whose, place = owner[rows].unique(return_inverse=True)  # prompts that have a row here
+            asked = [prompts[i] for i in whose]
             piece = decode(
-                lm,
-                [prompts[i] for i in numbers],
-                owner=place,
-                noise=noise[rows],
-                stop=stop,
-                temperature=temperature,
-                top_p=top_p)
+                lm, asked, place, noise[rows],
+                stop, temperature, top_p)
             pieces.append(piece)
     model.train(was_training)
 
@@ -112,8 +108,9 @@ def decode(lm, prompts, owner, noise, stop, temperature, top_p):
     """
     device = lm.device
     B, max_new_tokens = noise.shape
-    precise = torch.float32 if device.type == "mps" else torch.float64  # Apple's has no float64
-    noise = noise.to(device, precise)
+    if device.type == "mps":  # which has no float64
+        noise = noise.float()
+    noise = noise.to(device)
     owner = owner.to(device)
 
     # 1. Read each prompt once, padded on the left, and copy its cache to its answers.
