@@ -5,11 +5,13 @@ The card is registered for good, so it is run by this file's own command, in a p
 import pathlib
 import subprocess
 import sys
+from argparse import Namespace
 
 import pytest
 import torch
 from test_distributed import ROOT, assert_alike, command, measured
 
+MODEL = {"model": "tiny", "dtype": "float32", "lora_rank": 0}
 COMMON = "--eval-problems 0 --lr 3e-5 --max-new-tokens 12"
 LOOP = f"{COMMON} --steps 1 --prompts-per-step 2 --group-size 4"
 CASES = {  # reinforce++ has a gradient where groups of so few answers have none
@@ -51,17 +53,29 @@ def test_evaluation_on_the_card(folder):
     assert one == two and len(one) == 2
 
 
+def test_blocks_are_computed_again_on_the_card_alone(folder):
+    """A CPU has the memory to keep what they made, and saves the time."""
+    from common.models import load_model
+    on_cpu = load_model(Namespace(**MODEL, device="cpu"))
+    assert not on_cpu.is_activation_checkpointing
+    assert (folder / "again").read_text() == "True"
+
+
 def test_a_tensor_on_the_wrong_device_is_seen(folder):
     assert "tensor of shape (3,) on the CPU" in (folder / "mixed").read_text()
 
 
 def on_the_card(folder: pathlib.Path):
     from card import Card
+
+    from common.models import load_model
     with Card():
         try:
             torch.zeros(3, device="card") + torch.zeros(3)
         except RuntimeError as error:
             (folder / "mixed").write_text(str(error))
+        model = load_model(Namespace(**MODEL, device="card"))
+        (folder / "again").write_text(str(model.is_activation_checkpointing))
         for name, words in CASES.items():
             words = f"{words} --dtype float32 --device card"
             assert command(words, folder / f"{name}-2") == 0, name

@@ -295,13 +295,6 @@ def test_values_are_float32_where_matrix_products_are_not(tmp_path):
     assert values.dtype == torch.float32 and (values[0, :3] == 257).all()
 
 
-def test_critic_of_a_large_model_saves_its_activations(tmp_path):
-    """Wider than 256 it keeps one input per block and computes again, as the policy does."""
-    critic = critic_of(random_model("qwen3", hidden_size=264), tmp_path)
-    assert critic.training
-    assert all(block.gradient_checkpointing for block in critic.model.layers)
-
-
 # the script
 
 def run(*flags, output):
