@@ -14,6 +14,7 @@ training computes again.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import DynamicCache, TopPLogitsWarper
@@ -169,8 +170,7 @@ def decode(lm, prompts, owner, noise, stop, temperature, top_p):
             cache.batch_select_indices(going_on.nonzero()[:, 0])
         if len(running) == 0 or t + 1 == max_new_tokens:
             break
-        one = torch.ones_like(running)                                   # (R,)
-        visible = torch.column_stack([visible, one])                     # (R, S)
+        visible = F.pad(visible, (0, 1), value=1)                        # (R, S)
         position = visible.sum(1, keepdim=True) - 1                      # (R, 1)
         output = lm(token[:, None], visible, position, cache, use_cache=True)
         logits = output.logits[:, -1]                                    # (R, V)
