@@ -9,6 +9,7 @@ before it keeps its part.
 """
 import contextlib
 import io
+import os
 import sys
 
 import torch
@@ -24,6 +25,9 @@ def process_group():
     if not dist.is_torchelastic_launched() or dist.is_initialized():
         yield
         return
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if local_rank < torch.cuda.device_count():
+        torch.cuda.set_device(local_rank)
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     heard = sys.stdout if rank() == 0 else io.StringIO()
     try:

@@ -8,8 +8,9 @@ is needed. Only the states that predict answer tokens meet the vocabulary, a chu
 """
 import torch
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
-from common.distributed import everyone, gather_rest, gathered
+from common.distributed import everyone, gather_rest, gathered, rank
 from common.flags import BadInput
 from common.models import autocast, causal_lm, compute_dtype
 from common.sampling import join, sample
@@ -90,7 +91,8 @@ def old_logprobs(model, rollout, rows, budget, temperature=1.0, trunk=None):
 
 
 def micro_batches(rollout, rows, budget):
-    """Row numbers (N,) in parts with rows x longest row <= budget tokens, prompt and answer.
+    """Row numbers (N,) in parts with rows x longest row <= budget tokens, prompt and answer; a
+    long pass over them shows a bar.
 
     Sorted by length, so that a part has little padding; a longer row is a part of its own. Ranks
     compute together, so one that has fewer parts gets empty ones.
@@ -106,7 +108,8 @@ def micro_batches(rollout, rows, budget):
         parts[-1].append(row)
     most = max(everyone(len(parts)))
     parts += [[]] * (most - len(parts))
-    return [rows.new_tensor(part) for part in parts]
+    batches = [rows.new_tensor(part) for part in parts]
+    return tqdm(batches, "micro-batches", delay=5, leave=False, disable=rank() > 0)
 
 
 def largest_gap(logp, rollout) -> float:

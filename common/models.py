@@ -51,8 +51,12 @@ def is_small(name: str) -> bool:
 
 
 def context_of(name: str) -> int:
-    """How many tokens a model takes, prompt and answer."""
-    return from_pretrained(AutoConfig, name).get_text_config().max_position_embeddings
+    """How many tokens a model takes, prompt and answer. BadInput if its config does not say."""
+    config = from_pretrained(AutoConfig, name).get_text_config()
+    if not hasattr(config, "max_position_embeddings"):
+        raise BadInput(f"--model {name}: {config.model_type} is not supported: its config has no "
+                       "max_position_embeddings")
+    return config.max_position_embeddings
 
 
 def load_tokenizer(name: str):
@@ -133,8 +137,9 @@ def no_dropout(model) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if "attention_dropout" in vars(module):
-            module.attention_dropout = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def add_adapters(model, rank: int):

@@ -100,6 +100,14 @@ def sample(model, tokenizer, prompts, n, max_new_tokens, temperature=1.0, top_p=
         texts=tokenizer.batch_decode(answers, skip_special_tokens=True))
 
 
+class Cache(DynamicCache):
+    """Keeps keys in the dtype of values, as attention reads them: autocast leaves them in float32,
+    which is twice the memory and a copy of all of them per token."""
+
+    def update(self, key, value, *rest, **named):
+        return super().update(key.to(value.dtype), value, *rest, **named)
+
+
 @torch.no_grad()
 def decode(lm, prompts, owner, noise, stop, temperature, top_p):
     """One answer for each of owner (B,), the numbers of their prompts; noise (B, T) in [0, 1).
@@ -110,7 +118,7 @@ def decode(lm, prompts, owner, noise, stop, temperature, top_p):
     device = lm.device
     B, max_new_tokens = noise.shape
     if device.type == "mps":  # which has no float64
-        noise = noise.float()
+        noise = noise.float().clamp(max=1 - 2**-24)
     noise = noise.to(device)
     owner = owner.to(device)
 
@@ -123,7 +131,7 @@ def decode(lm, prompts, owner, noise, stop, temperature, top_p):
         padding_side="left")                                             # (P, S)
     visible = (ids >= 0).long()                                          # (P, S)
     position = visible.cumsum(1) - 1                                     # (P, S)
-    cache = DynamicCache(config=lm.config)
+    cache = Cache(config=lm.config)
     output = lm(
         ids.clamp(min=0),
         visible,
@@ -168,6 +176,7 @@ def decode(lm, prompts, owner, noise, stop, temperature, top_p):
             token = token[going_on]
             visible = visible[going_on]
             cache.batch_select_indices(going_on.nonzero()[:, 0])
+            steps.set_postfix_str(f"{B - len(running)} of {B} answers ended", refresh=False)
         if len(running) == 0 or t + 1 == max_new_tokens:
             break
         visible = F.pad(visible, (0, 1), value=1)                        # (R, S)
