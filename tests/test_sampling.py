@@ -6,7 +6,7 @@ import torch
 from conftest import byte_level_tokenizer, random_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Gemma3TextConfig, MistralConfig, Qwen2Config
+from transformers import DynamicCache, Gemma3TextConfig, MistralConfig, Qwen2Config
 
 import grpo
 from common import sampling
@@ -358,6 +358,27 @@ def test_top_p_by_hand():
     assert logp == pytest.approx(by_hand, abs=1e-5)
     for top_p, expected in ((0.6, [2, 2, 2, 2]), (1e-9, [2, 2, 2, 2]), (0.9, [0, 1, 1, 2])):
         assert drawn(logits, [0], noise, 1.0, top_p)[0] == expected
+
+
+def test_keys_are_kept_as_attention_reads_them(tokenizer, monkeypatch):
+    """Float32 weights, bfloat16 products: rotated keys are float32, values bfloat16. With keys
+    rounded once, as they enter the cache, or anew for every token, answers are the same bits."""
+    model = random_model("llama", len(tokenizer))
+    model.compute_dtype = torch.bfloat16
+    kept = []
+
+    class Seen(sampling.Cache):
+        def update(self, key, value, *rest, **named):
+            keys, values = super().update(key, value, *rest, **named)
+            kept.append((key.dtype, keys.dtype, values.dtype))
+            return keys, values
+
+    monkeypatch.setattr(sampling, "Cache", Seen)
+    ours = sample(model, tokenizer, PROMPTS, 2, 8, seed=3)
+    assert set(kept) == {(torch.float32, torch.bfloat16, torch.bfloat16)}
+    monkeypatch.setattr(sampling, "Cache", DynamicCache)
+    theirs = sample(model, tokenizer, PROMPTS, 2, 8, seed=3)
+    assert torch.equal(ours.tokens, theirs.tokens) and torch.equal(ours.logp, theirs.logp)
 
 
 def test_a_training_model_is_sampled_as_it_is_evaluated(tokenizer):
