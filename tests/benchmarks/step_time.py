@@ -201,6 +201,22 @@ def phases(rounds: int) -> None:
         print(f"| {name} | {show(found[1:])} |")
 
 
+def where() -> None:
+    """The operations that take most of training on a rollout, forward and backward."""
+    model, tokenizer = load_model(CASE).train(), load_tokenizer(CASE.model)
+    rollout = sample(model, tokenizer, some_prompts(tokenizer), CASE.answers, CASE.length)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        for part in micro_batches(rollout, torch.arange(len(rollout.lengths)), 1024):
+            response_logprobs(model, rollout[part]).sum().backward()
+    seconds = {}
+    for event in found.key_averages():
+        seconds[event.key] = event.self_cpu_time_total / 1e6
+    whole = sum(seconds.values())
+    print(f"\n| of training, {whole:.1f} s under the profiler | share |\n| --- | --- |")
+    for name in sorted(seconds, key=seconds.get, reverse=True)[:8]:
+        print(f"| {name} | {seconds[name] / whole:.0%} |")
+
+
 def machine() -> None:
     """What the machine can do at best: a large product in both types, a copy of 256 MiB."""
     for dtype in (torch.float32, torch.bfloat16):
@@ -238,6 +254,8 @@ def main():
     against_trl(args.turns)
     if args.model == "tiny":
         phases(3 * args.turns)
+    else:
+        where()
 
 
 if __name__ == "__main__":
