@@ -402,10 +402,13 @@ def draw_inside(found: dict) -> None:
 def em_table(found: dict) -> str:
     """Means over seeds; the error of an accuracy is over problems, the mean of the seeds'."""
     heads = ["", "temperature", "accuracy, by seed", "error", "ended", "boxed",
-             "accuracy given a box", "tokens", "skewness of logits"]
+             "accuracy given a box", "tokens", "skewness of logits",
+             "entropy of the last answers trained on, nats"]
     views = {"before": [found["before"]]}
+    entropies = {"before": ex.mean([result["rows"][0]["entropy"] for result in found["EM"]])}
     for name in list(found)[1:]:
         views[name] = [result["after"] for result in found[name]]
+        entropies[name] = ex.mean([result["rows"][-1]["entropy"] for result in found[name]])
     rows = []
     for temperature in ("0.0", "0.5"):
         for name, seeds in views.items():
@@ -414,12 +417,15 @@ def em_table(found: dict) -> str:
             def of(key, readings=readings):
                 return ex.mean([reading[key] for reading in readings])
 
-            skew = ex.mean([view["skewness"] for view in seeds])
+            of_the_model = ["", ""]
+            if temperature == "0.0":
+                skew = ex.mean([view["skewness"] for view in seeds])
+                of_the_model = [f"{skew:.3f}", f"{entropies[name]:.4f}"]
             rows.append([
                 name, temperature, ", ".join(f"{row['accuracy']:.3f}" for row in readings),
                 f"± {of('error'):.3f}", f"{of('ended'):.2f}", f"{of('boxed'):.2f}",
                 f"{of('given a box'):.2f}", f"{of('length'):.0f}",
-                f"{skew:.3f}" if temperature == "0.0" else ""])
+                *of_the_model])
     return ex.table(heads, rows)
 
 
