@@ -148,7 +148,7 @@ def load_reward(place: str):
 def exit_on_bad_input(main):
     """Wraps a script's main: its errors become one line, and torchrun's processes are joined.
 
-    Exit code 2 for bad input, a full disk and a card's memory that runs out, 130 for Ctrl-C.
+    Exit code 2 for bad input, a full disk and memory that runs out, 130 for Ctrl-C.
     """
     @functools.wraps(main)
     def wrapped(argv=None):
@@ -164,7 +164,9 @@ def exit_on_bad_input(main):
         except KeyboardInterrupt:
             print("\ninterrupted; --resume goes on from the last checkpoint", file=sys.stderr)
             raise SystemExit(130) from None
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not any(cause in str(error) for cause in ("out of memory", "DefaultCPUAllocator")):
+                raise  # a bug
             reason = "out of memory: lower --micro-batch-tokens or --group-size, then --resume"
         except (BadInput, OSError, SafetensorError) as error:
             reason = str(error) or type(error).__name__

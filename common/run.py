@@ -90,8 +90,8 @@ class Run:
         has = {**vars(self.args), "script": self.name, "data_hash": self.data_hash}
         for name in FIXED:
             if had.get(name) != has.get(name):
-                raise BadInput(f"--resume {self.folder}: {name} {has.get(name)}: that run has "
-                               f"{had.get(name)}, and keeps it")
+                raise BadInput(f"--resume {self.folder}: {name} is {had.get(name)} there and "
+                               f"{has.get(name)} here, and must be the same")
         place = self.folder / "checkpoint.pt"
         try:
             state = torch.load(place, "cpu", weights_only=True, mmap=True)
@@ -298,6 +298,7 @@ class Run:
         except RuntimeError as error:  # what torch raises where the disk is full
             raise OSError(f"{place} cannot be written: is the disk full?") from error
         temporary.replace(place)
+        self.started = time.perf_counter()  # writing is no part of the next step
 
     def finish(self) -> dict | None:
         """Saves the model, evaluates, prints some answers and places -> what measure() gave."""

@@ -92,7 +92,7 @@ TABLE = [
     (SCRIPTS, "--resume missing", "--resume missing: no run there"),
     (["a script"], "--resume empty", "--resume empty: no run there"),
     (["a script"], "--resume notjson", "--resume notjson: no run there"),
-    (SCRIPTS, "--resume foreign", "that run has other, and keeps it"),
+    (SCRIPTS, "--resume foreign", "script is other there"),
 ]
 ROWS = [(SCRIPTS[i % len(SCRIPTS)] if command == "a script" else command, flags, line)
         for i, (commands, flags, line) in enumerate(TABLE) for command in commands]

@@ -222,7 +222,7 @@ def test_damaged_files(case, cut, capsys, monkeypatch):
 def test_what_a_run_keeps(flags, cut, capsys):
     """Another seed or other data would make another run of it."""
     fails(capsys, lambda: grpo.main(["--resume", str(cut), *flags.split()]),
-          f"{cut}: {flags.strip('-').replace('-', '_')}: that run has", "keeps it")
+          f"{cut}: {flags.split()[0].strip('-').replace('-', '_')} is", "must be the same")
 
 
 @pytest.mark.parametrize("flags", ["--eval-problems 3", "--data other.jsonl"])
@@ -414,9 +414,14 @@ def test_a_sampler_that_differs_from_the_trainer_is_told_once(tmp_path, monkeypa
     assert (said.out + said.err).count("sampler and trainer differ by over 0.1 nats") == 1
 
 
-def test_memory_that_runs_out_is_one_line(tmp_path, monkeypatch, capsys):
+OUT = "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nSee the manual"),
+                                   RuntimeError(OUT)], ids=["GPU", "CPU"])
+def test_memory_that_runs_out_is_one_line(error, tmp_path, monkeypatch, capsys):
     def sample(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory.\nSee the manual")
+        raise error
     monkeypatch.setattr(grpo, "sample", sample)
     fails(capsys, lambda: run(grpo, output=tmp_path / "run"), "emory")
 
