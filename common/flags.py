@@ -16,7 +16,6 @@ import pathlib
 import runpy
 import sys
 
-import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from tqdm import tqdm
