@@ -181,6 +181,8 @@ def test_reinforce_pp_advantages():
     rewards, lengths = torch.tensor([[1.0, 0.0]]), torch.tensor([[3, 1]])
     advantages = grpo.reinforce_pp_advantages(rewards, lengths)
     assert advantages[0].tolist() == pytest.approx([0.5, -1.5], abs=1e-5)
+    equal = grpo.reinforce_pp_advantages(torch.ones(1, 2), lengths)  # variance 0: 0 / 1e-4
+    assert equal.tolist() == [[0.0, 0.0]]
 
 
 @pytest.mark.parametrize("on_policy", [True, False])
