@@ -199,7 +199,7 @@ def easy_file(args, split: str) -> pathlib.Path:
     return path
 
 
-def ask(job) -> pathlib.Path:
+def ask(job) -> None:
     """The teacher's verified answers in a style, 512 at a time, in a process of its own."""
     teacher, style, problems = job
     path = BASE / f"traces-{style}.jsonl"
@@ -215,7 +215,6 @@ def ask(job) -> pathlib.Path:
         rows += found
         with open(path, "a") as file:
             file.writelines(json.dumps(row) + "\n" for row in found)
-    return path
 
 
 def distil(args) -> dict:
@@ -486,11 +485,24 @@ def distilled_table(found: dict) -> str:
     return trained_table(arithmetic) + "\n" + trained_table({"SFT easy": found["SFT easy"]})
 
 
+def reinforced_table(found: dict) -> str:
+    """The table, what each method has over GRPO by seed, and KL3's gate over the clip's."""
+    results = ex.Results(found)
+    lines = [trained_table(found)]
+    for name in list(found)[1:]:
+        ours, theirs = results.accuracy(name), results.accuracy("GRPO")
+        by_seed = ", ".join(f"{x:+.3f}" for x in ex.differences(ours, theirs))
+        lines.append(f"- {name} minus GRPO, over seeds: {ex.paired(ours, theirs)} ({by_seed})")
+    gates = minus(found["ATR-GRPO"], found["clip, two updates"])
+    lines.append(f"- ATR-GRPO minus clip, two updates, over problems: {gates}\n")
+    return "\n".join(lines)
+
+
 PARTS = {  # name -> what makes it, its table, seeds
     "inside": (look_inside, inside_table, 1),
     "em": (one_shot, em_table, 2),
     "distil": (distil, distilled_table, 3),
-    "reinforce": (reinforce, trained_table, 3),
+    "reinforce": (reinforce, reinforced_table, 3),
     "from-long": (from_long, trained_table, 1),
     "from-easy": (from_easy, trained_table, 3),
     "qwen": (on_qwen, trained_table, 2),

@@ -31,8 +31,10 @@ def read_rows(name, split, flag="--data"):
         if kind in (".jsonl", ".json"):
             rows = read_json(path)
         elif kind == ".parquet":
-            from pyarrow import parquet  # slow to import
-            rows = parquet.read_table(path.open("rb")).to_pylist()
+            from datasets import Dataset  # slow to import
+            from pyarrow import parquet
+            with path.open("rb") as file:
+                rows = Dataset(parquet.read_table(file))
         elif path.exists() or name.count("/") != 1:
             raise ValueError("give arithmetic, a .jsonl, .json or .parquet file, or a hub id such "
                              "as openai/gsm8k:main")
@@ -102,7 +104,7 @@ def gold_answer(cell) -> str | None:
     if isinstance(cell, str) and cell.startswith(('{"', '["')):
         try:
             cell = json.loads(cell)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
     if isinstance(cell, dict):
         cell = cell.get("ground_truth")

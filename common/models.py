@@ -200,6 +200,7 @@ def end_of_turn(tokenizer) -> int | None:
 
 
 def head_dim(config) -> int:
+    """Width of an attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 

@@ -177,14 +177,21 @@ class Run:
         return first
 
     def restore(self) -> None:
-        """Puts the checkpoint's tensors and their moments back; the learning rate is the flag's."""
-        for tensor, saved in zip(self.kept, self.tensors, strict=True):
-            moments = {name: split_like(value, tensor) for name, value in saved.items()}
-            tensor.data.copy_(moments.pop("value"))
-            if moments:
-                self.optimizer.state[tensor] = moments
+        """Puts the checkpoint's tensors and their moments back; the learning rate is the flag's.
+        BadInput if they are another model's, or more steps are done than are asked for."""
+        done = len(self.rows)
+        if done > self.args.steps:
+            raise BadInput(f"--steps {self.args.steps}: {done} are done in {self.folder}")
+        try:
+            for tensor, saved in zip(self.kept, self.tensors, strict=True):
+                moments = {name: split_like(value, tensor) for name, value in saved.items()}
+                tensor.data.copy_(moments.pop("value"))
+                if moments:
+                    self.optimizer.state[tensor] = moments
+        except (ValueError, RuntimeError) as error:  # fewer tensors, other shapes
+            raise BadInput(f"--resume {self.folder}: its checkpoint is another model's") from error
         self.tensors = []  # closes the file
-        print(f"going on from step {len(self.rows)} of {self.args.steps} in {self.folder}")
+        print(f"going on from step {done} of {self.args.steps} in {self.folder}")
 
     def write(self, name: str, text: str) -> None:
         if rank() == 0:

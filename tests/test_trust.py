@@ -245,6 +245,23 @@ def test_other_flags_are_recorded(cut):
     assert (cut / "model").is_dir()
 
 
+def test_fewer_steps_than_are_done(cut, capsys):
+    before = listing(cut)
+    fails(capsys, lambda: grpo.main(["--resume", str(cut), "--steps", "1"]), "--steps 1: 2 are")
+    assert listing(cut) == before
+
+
+@pytest.mark.parametrize("change", [lambda tensors: tensors[1:],
+                                    lambda tensors: [{"value": torch.zeros(7)} for _ in tensors]])
+def test_a_checkpoint_of_another_model(change, cut, capsys):
+    """A tensor fewer, or other shapes: one line, nothing is written."""
+    *logged, tensors = torch.load(cut / "checkpoint.pt", weights_only=True)
+    torch.save((*logged, change(tensors)), cut / "checkpoint.pt")
+    before = listing(cut)
+    fails(capsys, lambda: grpo.main(["--resume", str(cut)]), f"{cut}: its checkpoint is another")
+    assert listing(cut) == before
+
+
 def test_all_that_was_logged_is_in_the_checkpoint(cut, whole):
     """Rows and answers that are damaged or lost come back."""
     (cut / "metrics.jsonl").write_text("a\nb\n")
