@@ -93,8 +93,8 @@ class Args(Shared):
     prompts_per_step: int = flag(8, "problems per rollout; BuPO: 128", low=1)
     group_size: int = flag(16, "answers to each; BuPO: 8, small models need more", low=2)
     max_new_tokens: int = flag(80, "longest answer in tokens; BuPO: 8192", low=1)
-    temperature: float = flag(1.0, "divides the logits in sampling and training", above=0)
-    lr: float = flag(3e-4, "AdamW, constant; ten times that with --lora-rank; BuPO: 1e-6", above=0)
+    temperature: float = flag(1.0, "divides the logits in sampling and training", low=0.01)
+    lr: float = flag(3e-4, "AdamW, constant; ten times that with --lora-rank; BuPO: 1e-6", low=0)
     updates_per_rollout: int = flag(1, "each on its share of the prompts; BuPO: 4", low=1)
     layer: str = flag("auto", "block whose policy is trained first, 1 is the lowest; auto: the end "
                       "of the exploration region, without one the paper's choice for the family")
@@ -108,14 +108,14 @@ REAL = {"steps": 300, "prompts_per_step": 128, "group_size": 8, "max_new_tokens"
         "internal_steps": 30}
 
 
-def paper_layer(config) -> int:
+def paper_layer(config):
     """The paper's own choice by family: 6 of 36 blocks of Qwen3, 27 of 28 of a Llama; 1-based."""
     L = config.num_hidden_layers
     layer = round(L / 6) if config.model_type.startswith("qwen") else L - 1
     return max(1, layer)
 
 
-def choose_layer(run) -> int:
+def choose_layer(run):
     """--layer: the number given, or the end of the exploration region, with the table it is read
     from, measured on 64 answers of the model; where no FFN explores, the paper's choice for the
     family. BadInput outside 1..L."""
@@ -128,7 +128,7 @@ def choose_layer(run) -> int:
         return int(args.layer)
     rollout = sample(run.model, run.tokenizer, run.encode(run.train[:16]), 4,
                      min(args.max_new_tokens, 512), args.temperature, seed=args.seed, alone=True)
-    ids, predicts = join(rollout.prompts, rollout.tokens, rollout.lengths)
+    ids, predicts = join(rollout)
     places = predicts.nonzero()                                         # (N, 2)
     order = torch.randperm(len(places), generator=torch.Generator().manual_seed(args.seed))
     row, column = places[order[1500:].to(places.device)].T
@@ -198,7 +198,7 @@ def main(argv=None):
         parts = []
         grad_norms = []
         for update in rows.chunk(args.updates_per_rollout):                            # row numbers
-            num_tokens = total(rollout.lengths[update].sum())                          # scalar
+            num_tokens = total(rollout.lengths[update])
             for part in micro_batches(rollout, update[useful[update]], args.micro_batch_tokens):
                 batch = rollout[part]                                                  # b answers
                 logp = response_logprobs(model, batch, args.temperature, trunk)        # (b, T)

@@ -70,11 +70,11 @@ class Args(Shared):
     shots: int = flag(1, "problems to train on; the paper finds more to be worse", low=1)
     group_size: int = flag(64, "answers per update, over all problems; the paper: 64", low=1)
     max_new_tokens: int = flag(80, "longest answer in tokens; the paper: 2048, code: 512", low=1)
-    temperature: float = flag(0.5, "divides the logits in sampling; the code: 0.5", above=0)
-    top_p: float = flag(1.0, "probability kept in sampling; the code: 0.95", above=0, high=1)
-    loss_temperature: float = flag(0.5, "T in the loss; the code: 0.5, the paper: 1", above=0)
+    temperature: float = flag(0.5, "divides the logits in sampling; the code: 0.5", low=0.01)
+    top_p: float = flag(1.0, "probability kept in sampling; the code: 0.95", low=0.01, high=1)
+    loss_temperature: float = flag(0.5, "T in the loss; the code: 0.5, the paper: 1", low=0.01)
     authors_mask: bool = flag(False, "leave out each answer's first token, as the code does")
-    lr: float = flag(3e-4, "AdamW, constant; 10 x with --lora-rank; the paper: 2e-5", above=0)
+    lr: float = flag(3e-4, "AdamW, constant; 10 x with --lora-rank; the paper: 2e-5", low=0)
     select: int = flag(0, "choose by variance of correctness among so many; 0: at random", low=0)
     select_k: int = flag(8, "answers to each of those; their labels choose, never train", low=2)
     problem: str = flag(None, "train on this text instead")
@@ -83,7 +83,7 @@ class Args(Shared):
 REAL = {"max_new_tokens": 512, "lr": 2e-5}
 
 
-def choose_problems(run) -> list:
+def choose_problems(run):
     """What to train on: the given text, the most uncertain of --select, or the first problems.
     BadInput if there are too few."""
     args = run.args
@@ -140,7 +140,7 @@ def main(argv=None):
         mask = rollout.mask                                                            # (B, T)
         if args.authors_mask:
             mask[:, 0] = 0
-        num_tokens = total(mask.sum()).clamp(min=1)
+        num_tokens = max(1, total(mask))
 
         # 3. Update: the gradients of all micro-batches add up to one step of the optimiser.
         parts = []

@@ -67,10 +67,10 @@ def dr_grpo_advantages(rewards):
 
 def reinforce_pp_advantages(rewards, lengths):
     """REINFORCE++ (arXiv 2501.03262): whitened over all tokens, no groups. (P, G) x2 -> (P, G)."""
-    tokens = total(lengths.sum())
-    mean = total((rewards * lengths).sum()) / tokens
-    variance = total(((rewards - mean).square() * lengths).sum()) / (tokens - 1)
-    return (rewards - mean) * torch.rsqrt(variance + 1e-8)
+    tokens = total(lengths)
+    mean = total(rewards * lengths) / tokens
+    variance = total((rewards - mean).square() * lengths) / (tokens - 1)
+    return (rewards - mean) / math.sqrt(variance + 1e-8)
 
 
 def grpo_loss(logp, old_logp, advantages, mask, clip_low=0.2, clip_high=0.2, dual_clip=None,
@@ -111,13 +111,13 @@ def kl_loss(logp, ref_logp, old_logp, mask, denominator):
 
 def token_denominator(how, lengths, max_new_tokens):
     """--aggregation: what sums over tokens are divided by. Lengths (B,) in tokens -> (B, 1)."""
-    answers = total(len(lengths))
+    ones = torch.ones_like(lengths)                                     # (B,)
     if how == "sequence":
-        divisor = answers * lengths
+        divisor = total(ones) * lengths
     elif how == "constant":
-        divisor = torch.full_like(lengths, answers * max_new_tokens)
+        divisor = total(ones) * max_new_tokens * ones
     else:
-        divisor = total(lengths.sum()).expand_as(lengths)
+        divisor = total(lengths) * ones
     return divisor[:, None].clamp(min=1)
 
 
@@ -128,8 +128,8 @@ class Args(Shared):
     prompts_per_step: int = flag(8, "problems per rollout; BuPO: 128", low=1)
     group_size: int = flag(16, "answers to each; BuPO: 8, small models need more", low=2)
     max_new_tokens: int = flag(80, "longest answer in tokens; BuPO: 8192", low=1)
-    temperature: float = flag(1.0, "divides the logits in sampling and training", above=0)
-    lr: float = flag(3e-4, "AdamW, constant; ten times that with --lora-rank; BuPO: 1e-6", above=0)
+    temperature: float = flag(1.0, "divides the logits in sampling and training", low=0.01)
+    lr: float = flag(3e-4, "AdamW, constant; ten times that with --lora-rank; BuPO: 1e-6", low=0)
     updates_per_rollout: int = flag(1, "each on its share of the prompts; BuPO: 4", low=1)
     advantage: str = flag("grpo", "how rewards become advantages",
                           choices=("grpo", "rloo", "reinforce++", "dr_grpo"))
@@ -137,7 +137,7 @@ class Args(Shared):
                             choices=("token", "sequence", "constant"))
     clip_low: float = flag(0.2, "bad tokens below ratio 1 - this get no gradient", low=0, high=1)
     clip_high: float = flag(0.2, "good ones above 1 + this get none; DAPO: 0.28", low=0)
-    dual_clip: float = flag(None, "bad ones above this get none; BuPO: 10", above=1, kind=float)
+    dual_clip: float = flag(None, "bad ones above this get none; BuPO: 10", low=1)
     kl_coef: float = flag(0.0, "weight of the KL to the initial model; BuPO: 0", low=0)
 
 

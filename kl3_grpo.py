@@ -127,12 +127,12 @@ class Args(Shared):
     prompts_per_step: int = flag(8, "problems per rollout; BuPO: 128", low=1)
     group_size: int = flag(16, "answers to each; BuPO: 8, small models need more", low=2)
     max_new_tokens: int = flag(80, "longest answer in tokens; BuPO: 8192", low=1)
-    temperature: float = flag(1.0, "divides the logits in sampling and training", above=0)
-    lr: float = flag(1e-4, "AdamW, constant; ten times that with --lora-rank; BuPO: 1e-6", above=0)
+    temperature: float = flag(1.0, "divides the logits in sampling and training", low=0.01)
+    lr: float = flag(1e-4, "AdamW, constant; ten times that with --lora-rank; BuPO: 1e-6", low=0)
     updates_per_rollout: int = flag(4, "each on its share of the prompts; 1: no gate acts", low=1)
     measure: str = flag("kl3", "of the divergence of a token",
                         choices=("ratio", "kl1", "abs_kl1", "kl2", "kl3"))
-    delta: float = flag(0.02, "its threshold; very large: no gate", above=0)
+    delta: float = flag(0.02, "its threshold; very large: no gate", low=0)
 
 
 REAL = {"steps": 300, "prompts_per_step": 128, "group_size": 8, "max_new_tokens": 2048, "lr": 1e-6}
@@ -177,7 +177,7 @@ def main(argv=None):
         parts = []
         grad_norms = []
         for update in rows.chunk(args.updates_per_rollout):                            # row numbers
-            num_tokens = total(rollout.lengths[update].sum())                          # scalar
+            num_tokens = total(rollout.lengths[update])
             for part in micro_batches(rollout, update[useful[update]], args.micro_batch_tokens):
                 batch = rollout[part]                                                  # b answers
                 logp = response_logprobs(model, batch, args.temperature)               # (b, T)
@@ -199,10 +199,10 @@ def main(argv=None):
         logp = old_logprobs(model, rollout, rows, args.micro_batch_tokens,
                             args.temperature)                                          # (B, T)
         divergence = kl3(logp - rollout.logp) * mask                                   # (B, T)
-        moved = total(divergence.sum()) / total(mask.sum())                            # scalar
+        moved = total(divergence) / total(mask)
 
         # 7. Book-keeping.
-        run.log(step, problems, rollout, rewards, parts, grad_norms, kl3=moved.item())
+        run.log(step, problems, rollout, rewards, parts, grad_norms, kl3=moved)
         run.save(step + 1)
     run.finish()
 

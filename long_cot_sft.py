@@ -22,6 +22,7 @@ Axes: B traces, T answer tokens, V vocabulary; b a micro-batch's share of B.
 import gc
 import math
 import re
+import time
 from collections import Counter
 from dataclasses import dataclass
 from itertools import compress
@@ -37,10 +38,10 @@ from common.evaluate import evaluate
 from common.flags import BOXED, BadInput, Shared, exit_on_bad_input, flag, parse_args
 from common.logprobs import check_model, micro_batches, response_logprobs
 from common.models import (
+    SMALL,
     causal_lm,
-    context_of,
     end_of_turn,
-    is_small,
+    load_config,
     load_model,
     load_tokenizer,
     stop_ids,
@@ -72,7 +73,7 @@ def sft_loss(logits, labels):
     return -logp.sum() / inside.sum().clamp(min=1)
 
 
-def lr_at(step, steps, peak) -> float:
+def lr_at(step, steps, peak):
     """Rate of update `step` (0-based): up to the peak in 3 % of them, half a cosine to 10 %."""
     rise = math.ceil(0.03 * steps)
     done = max(0, step - rise) / max(1, steps - rise)
@@ -80,7 +81,7 @@ def lr_at(step, steps, peak) -> float:
     return peak * min((step + 1) / rise, 0.1 + 0.9 * cosine)
 
 
-def reflection_rates(texts) -> dict:
+def reflection_rates(texts):
     """Share of the texts, one or more, that hold each of five words, whole and in any case."""
     rates = {}
     for word in WORDS:
@@ -90,7 +91,7 @@ def reflection_rates(texts) -> dict:
     return rates
 
 
-def ask_teacher(teacher, tokenizer, problems, system, seed, args) -> list[dict]:
+def ask_teacher(teacher, tokenizer, problems, system, seed, args):
     """A row for each problem, with the answers worth keeping; the same on every rank."""
     result = evaluate(
         teacher, tokenizer, problems, reward, args.samples, args.teacher_max_new_tokens,
@@ -105,14 +106,15 @@ def ask_teacher(teacher, tokenizer, problems, system, seed, args) -> list[dict]:
     return rows
 
 
-def sample_traces(run) -> list[dict]:
+def sample_traces(run):
     """Asks the teacher, or goes on where that was stopped -> rows with completions. BadInput."""
     args = run.args
     system = args.system or BOXED
-    if is_small(args.teacher):
+    config = load_config(args.teacher)
+    if config.hidden_size <= SMALL:
         system = f"style: {args.teacher_style}"  # the embedded model knows both
     tokenizer = load_tokenizer(args.teacher)
-    longest = context_of(args.teacher) - args.teacher_max_new_tokens
+    longest = config.max_position_embeddings - args.teacher_max_new_tokens
     problems = run.train[:args.teacher_problems or None]
     problems = drop_long_prompts(tokenizer, problems, system, longest)
     rows = []
@@ -136,7 +138,7 @@ def sample_traces(run) -> list[dict]:
     return rows
 
 
-def pairs_of(rows) -> list[tuple]:
+def pairs_of(rows):
     """Rows of messages, of prompt and completion, or sampled here -> (problem, answer) pairs."""
     pairs = []
     for row in rows:
@@ -150,7 +152,7 @@ def pairs_of(rows) -> list[tuple]:
     return pairs
 
 
-def use_stop_token(tokenizer, lm) -> list[int]:
+def use_stop_token(tokenizer, lm):
     """What ends an assistant's turn in the chat template becomes the eos token -> all stop tokens.
 
     BadInput if there is neither.
@@ -166,12 +168,12 @@ def use_stop_token(tokenizer, lm) -> list[int]:
     return stops
 
 
-def question(problem) -> str:
+def question(problem):
     """What is asked in a problem, a text or a chat, whatever its system message."""
     return problem.strip() if isinstance(problem, str) else problem[-1]["content"].strip()
 
 
-def encode_traces(tokenizer, pairs, context, stops, system, held_out) -> list[tuple]:
+def encode_traces(tokenizer, pairs, context, stops, system, held_out):
     """(problem, answer) pairs -> (prompt, response) pairs of token ids, eos behind the response.
 
     stops: all token ids that end an answer. held_out: rows with "problem". Pairs are dropped
@@ -211,7 +213,7 @@ def encode_traces(tokenizer, pairs, context, stops, system, held_out) -> list[tu
     return list(rows)
 
 
-def as_rollout(rows, device) -> Rollout:
+def as_rollout(rows, device):
     """Encoded traces as what the sampler hands over, so that the same functions serve."""
     prompts = [prompt for prompt, _ in rows]
     answers = [torch.tensor(response, dtype=torch.long) for _, response in rows]
@@ -222,7 +224,7 @@ def as_rollout(rows, device) -> Rollout:
     return Rollout(prompts, tokens, lengths, unknown, unknown, lengths > 0, texts)
 
 
-def count_reflections(run, when: str, result: dict) -> None:
+def count_reflections(run, when, result):
     """Prints and keeps the reflection words of an evaluation's answers."""
     rates = reflection_rates([text for row in result["answers"] for text in row["responses"]])
     run.summary[f"reflection_{when}"] = rates
@@ -235,14 +237,14 @@ class Args(Shared):
     traces: str = flag(None, "learn from this file or hub set and ask no teacher")
     teacher: str = flag("tiny", "model that answers; the paper: QwQ-32B-Preview")
     teacher_style: str = flag("long", "long or short chains", choices=("long", "short"))
-    teacher_temperature: float = flag(None, "paper: 1.0 long, 0.7 short", above=0, kind=float)
+    teacher_temperature: float = flag(None, "paper: 1.0 long, 0.7 short", low=0.01)
     teacher_max_new_tokens: int = flag(160, "longest trace; the paper: 8192, short: 4096", low=1)
     teacher_problems: int = flag(256, "problems to ask; 0: all, as in the paper", low=0)
     samples: int = flag(8, "answers to each; the paper: 32 to 256", low=1)
     keep: str = flag("verified", "what verifies, or all that ends", choices=("verified", "all"))
     epochs: int = flag(2, "passes over the traces; the paper: 2", low=1)
     batch_size: int = flag(32, "traces per update; the paper: 256", low=1)
-    lr: float = flag(1e-3, "AdamW, peak; ten times that with --lora-rank; the paper: 5e-6", above=0)
+    lr: float = flag(1e-3, "AdamW, peak; ten times that with --lora-rank; the paper: 5e-6", low=0)
     max_new_tokens: int = flag(160, "longest answer in evaluation; the paper: 16384", low=1)
 
 
@@ -298,7 +300,7 @@ def main(argv=None):
         batch = batch[:visits - step * args.batch_size]
         padded = batch + [nothing] * (-len(batch) % size())
         rollout = as_rollout(share(padded), model.device)                   # B traces
-        num_tokens = total(int(rollout.lengths.sum()))
+        num_tokens = total(rollout.lengths)
 
         # 4. The mean of -log p over all answer tokens, the stop token among them.
         parts = []
@@ -319,8 +321,9 @@ def main(argv=None):
 
         # 6. Book-keeping.
         seen = run.rows[-1]["tokens_seen"] if run.rows else 0
+        seconds = time.perf_counter() - run.started
         run.log(step, parts=parts, grad_norms=[grad_norm], lr=lr, tokens_seen=seen + num_tokens,
-                length=num_tokens / len(batch), tokens_per_second=num_tokens / run.elapsed())
+                length=num_tokens / len(batch), tokens_per_second=num_tokens / seconds)
         run.save(step + 1)
     result = run.finish()
     if result is not None:

@@ -143,11 +143,10 @@ def gae(rewards, values, mask, gamma=1.0, lam=1.0):
 
 
 def mean_and_variance(x, mask):
-    """Over the tokens in mask, of all ranks; the population's. (B, T) x2 -> two scalars."""
-    count = total(mask.sum())
-    mean = total((x * mask).sum()) / count
-    squares = (x - mean).square() * mask                                # (B, T)
-    return mean, total(squares.sum()) / count
+    """Over the tokens in mask, of all ranks; the population's. (B, T) x2 -> two numbers."""
+    count = total(mask)
+    mean = total(x * mask) / count
+    return mean, total((x - mean).square() * mask) / count
 
 
 def ppo_loss(logp, old_logp, advantages, mask, clip_low=0.2, clip_high=0.2, denominator=None):
@@ -217,12 +216,12 @@ class Args(Shared):
     prompts_per_step: int = flag(8, "problems per rollout; the paper: 512", low=1)
     group_size: int = flag(16, "answers to each, 1 will do; the paper: 4 to 16", low=1)
     max_new_tokens: int = flag(80, "longest answer in tokens; the paper: 14336", low=1)
-    temperature: float = flag(1.0, "divides the logits in sampling and training", above=0)
-    lr: float = flag(1e-4, "AdamW; ten times that with --lora-rank; the paper: 5e-7", above=0)
+    temperature: float = flag(1.0, "divides the logits in sampling and training", low=0.01)
+    lr: float = flag(1e-4, "AdamW; ten times that with --lora-rank; the paper: 5e-7", low=0)
     updates_per_rollout: int = flag(4, "each on its share of the prompts; the paper: 4-16", low=1)
     kl_coef: float = flag(0.01, "reward a nat of KL to the initial model costs", low=0)
-    critic_lr: float = flag(1e-3, "of the critic, trunk and head; the paper: 9e-6", above=0)
-    value_clip: float = flag(2.0, "how far a value moves per rollout; the paper: 0.2", above=0)
+    critic_lr: float = flag(1e-3, "of the critic, trunk and head; the paper: 9e-6", low=0)
+    value_clip: float = flag(2.0, "how far a value moves per rollout; the paper: 0.2", low=0)
     length_reward: str = flag("cosine", "§4.2; A, B, C: §4.3; none: the reward as it is",
                               choices=tuple(LENGTH_REWARDS))
     margin: int = flag(2, "too long: this near to --max-new-tokens; the authors: 16", low=0)
@@ -282,13 +281,13 @@ def main(argv=None):
         num_answers = total(len(mask))
         share_repeated, _ = mean_and_variance(repeated, mask)
         metrics = {
-            "score": total(rewards.sum().item()) / num_answers,
-            "exceeded": total(exceeded.sum().item()) / num_answers,
-            "repeated": share_repeated.item()}
+            "score": total(rewards) / num_answers,
+            "exceeded": total(exceeded) / num_answers,
+            "repeated": share_repeated}
         if step == 0:  # else the critic's first updates all go into this one number
             returns = discounted_returns(rewards, gammas, mask)                        # (B, T)
             mean, _ = mean_and_variance(returns, mask)
-            causal_lm(critic).offset.copy_(mean)
+            causal_lm(critic).offset.fill_(mean)
 
         # 4. What policy and critic say before the update. The KL (k1) to the initial model is a
         #    negative reward of each token, an equal part of it in each of the M rewards.
@@ -305,16 +304,15 @@ def main(argv=None):
             log_ratio = old_logp - ref_logp                                            # (B, T)
             cost = args.kl_coef * log_ratio / len(rewards)                             # (B, T)
             rewards = rewards - cost                                                   # (M, B, T)
-            metrics["kl"] = total(log_ratio.sum().item()) / num_answers
+            metrics["kl"] = total(log_ratio) / num_answers
 
         # 5. Returns and advantages, §4.6, which are whitened: mean 0, variance 1.
         returns = discounted_returns(rewards, gammas, mask)                            # (B, T)
         advantages = returns - old_values                                              # (B, T)
         mean, unexplained = mean_and_variance(advantages, mask)
         _, variance = mean_and_variance(returns, mask)
-        explained = (variance - unexplained) / variance.clamp(min=1e-8)
-        metrics["explained_variance"] = explained.item()
-        scale = unexplained.clamp(min=1e-8).rsqrt()
+        metrics["explained_variance"] = (variance - unexplained) / max(variance, 1e-8)
+        scale = torch.tensor(max(unexplained, 1e-8)).rsqrt()                           # scalar
         advantages = (advantages - mean) * scale * mask                                # (B, T)
 
         # 6. Update: the gradients of all micro-batches add up to one step of the optimiser. Means

@@ -78,7 +78,7 @@ def probe(run) -> dict:
         run.fixed = right_answers(own, rows)
     fixed = run.fixed
     logp = response_logprobs(run.model, fixed)                                  # (b, T)
-    ids, predicts = join(fixed.prompts, fixed.tokens, fixed.lengths)            # (b, S) each
+    ids, predicts = join(fixed)            # (b, S) each
     streams = block_outputs(run.model, ids, predicts)
     cosine = []
     for x in streams:
@@ -179,7 +179,7 @@ def depth_table() -> str:
     args = internal.Args(device="cpu")
     model = load_model(args, trained=False)
     tokenizer = load_tokenizer("tiny")
-    problems = load_problems("arithmetic", held_out=True, count=100)
+    problems = load_problems("arithmetic", "test", count=100)
     prompts = [encode_prompt(tokenizer, row["problem"]) for row in problems]
     view = internal.rollout_view(model, sample(model, tokenizer, prompts, 1, 96), 4096)
     change = entropy_changes(view["entropy"])
@@ -341,7 +341,7 @@ def write_scaled() -> None:
 def scales_table() -> str:
     """Where the boundary lies when the stream has another scale, which changes no answer."""
     tokenizer = load_tokenizer("tiny")
-    problems = load_problems("arithmetic", held_out=True, count=100)
+    problems = load_problems("arithmetic", "test", count=100)
     prompts = [encode_prompt(tokenizer, row["problem"]) for row in problems]
     rows = []
     texts = []

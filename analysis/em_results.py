@@ -211,7 +211,7 @@ def premise_table() -> str:
     """Are right answers of the base model of lower entropy? Across and within styles."""
     model = load_model(internal.Args(device="cpu"), trained=False)
     tokenizer = load_tokenizer("tiny")
-    problems = load_problems("arithmetic", held_out=True, count=1024)
+    problems = load_problems("arithmetic", "test", count=1024)
     prompts = [encode_prompt(tokenizer, row["problem"]) for row in problems]
     rows = []
     for T in (1.0, 0.5):

@@ -124,7 +124,7 @@ def rollout_view(model, rollout, budget: int, tokens: int = 0, seed: int = 0) ->
     view = {}
     for part in rows.split(max(1, budget // longest)):
         batch = rollout[part]
-        ids, predicts = join(batch.prompts, batch.tokens, batch.lengths)        # (b, S) each
+        ids, predicts = join(batch)        # (b, S) each
         predicts[predicts.clone()] = chosen[part][inside[part]]
         share = predicts.sum().item() / pooled
         found = internal_view(model, ids, None, predicts)
@@ -224,12 +224,12 @@ class Args:
     samples: int = flag(100, "answers, one to each of so many problems; the authors: 100", low=1)
     max_new_tokens: int = flag(96, "longest answer in tokens; the authors: 3072", low=1)
     tokens: int = flag(0, "answer tokens to pool; 0: all, as in the paper", low=0)
-    sample_layer: int = flag(None, "print some answers of this block's policy", low=1, kind=int)
+    sample_layer: int = flag(None, "print some answers of this block's policy", low=1)
     micro_batch_tokens: int = flag(4096, "tokens in one forward pass", low=1)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: str = flag("auto", "bfloat16 on a GPU, float32 on a CPU",
                       choices=("auto", "float32", "bfloat16"))
-    seed: int = flag(0, "draws problems, answers and tokens", low=0, high=10**9)
+    seed: int = flag(0, "draws problems, answers and tokens", low=0)
     output: str = flag("runs/internal", "folder for the JSON and the figures, new or empty")
 
 
@@ -238,7 +238,7 @@ REAL = {"system": BOXED, "max_new_tokens": 1024, "tokens": 20000, "micro_batch_t
 
 def several_models(argv: list[str]) -> tuple[list[str], list[str]]:
     """`--model A B C` -> the names, each once, and the arguments with --model A alone."""
-    parser = Parser(add_help=False, allow_abbrev=False)
+    parser = Parser(add_help=False)
     parser.add_argument("--model", nargs="+", action="extend", default=[])
     given, rest = parser.parse_known_args(argv)
     names = list(dict.fromkeys(given.model or ["tiny"]))
@@ -286,7 +286,7 @@ def main(argv=None):
     folder = pathlib.Path(args.output)
     if folder.is_file() or any(folder.glob("*")):
         raise BadInput(f"--output {folder}: holds something already; choose another folder")
-    problems = load_problems(args.data, "test", True, args.seed, args.samples)
+    problems = load_problems(args.data, "test", args.seed, args.samples)
     ready = {}
     for name in names:  # everything is checked before anything is written
         tokenizer = load_tokenizer(name)

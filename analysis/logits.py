@@ -114,13 +114,13 @@ class Args:
     system: str = flag("", "system message before each problem; larger models: asks for a box")
     problems: int = flag(20, "problems, one answer to each; the authors: 20", low=1)
     max_new_tokens: int = flag(80, "longest answer in tokens; the authors: 500", low=1)
-    temperature: float = flag(0.6, "of sampling and of the k largest; authors: 0.6", above=0)
+    temperature: float = flag(0.6, "of sampling and of the k largest; authors: 0.6", low=0.01)
     top_k: int = flag(50, "logits of a position in the authors' statistic", low=1)
     micro_batch_tokens: int = flag(4096, "tokens in one forward pass", low=1)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: str = flag("auto", "bfloat16 on a GPU, float32 on a CPU",
                       choices=("auto", "float32", "bfloat16"))
-    seed: int = flag(0, "draws problems and answers", low=0, high=10**9)
+    seed: int = flag(0, "draws problems and answers", low=0)
     output: str = flag("runs/logits", "folder for logits.json and logits.png, new or empty")
 
 
@@ -145,7 +145,7 @@ def main(argv=None):
     # 1. One answer of the first model to each problem.
     first, tokenizer = models[names[0]], load_tokenizer(names[0])
     longest = causal_lm(first).config.max_position_embeddings - args.max_new_tokens
-    rows = load_problems(args.data, "test", True, args.seed, args.problems)
+    rows = load_problems(args.data, "test", args.seed, args.problems)
     rows = drop_long_prompts(tokenizer, rows, args.system, longest)
     prompts = [encode_prompt(tokenizer, row["problem"], args.system) for row in rows]
     rollout = sample(first, tokenizer, prompts, 1, args.max_new_tokens, args.temperature,

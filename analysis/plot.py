@@ -6,7 +6,6 @@
 Runs with the same flags but for the seed are one curve: their mean, with a band from the lowest to
 the highest. A method has the same colour in every figure. Curves are means over a tenth of a run.
 """
-import argparse
 import json
 import math
 import pathlib
@@ -189,8 +188,7 @@ def plot_runs(groups: dict[str, list[dict]], path: pathlib.Path) -> None:
 
 @exit_on_bad_input
 def main(argv=None):
-    parser = Parser(description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", help="folders of runs")
     parser.add_argument("-o", "--output", help="the .png, .pdf or .svg to write; default, for one "
                         "run: curve.png in its folder")

@@ -65,7 +65,7 @@ def inside(name: str, problems: list[dict]) -> dict:
     tokenizer = load_tokenizer(name)
     prompts = [encode_prompt(tokenizer, row["problem"], BOXED) for row in problems]
     rollout = sample(frozen(name, "bfloat16", "cpu"), tokenizer, prompts, 1, 160, seed=0)
-    ids, predicts = join(rollout.prompts, rollout.tokens, rollout.lengths)      # (B, S) each
+    ids, predicts = join(rollout)      # (B, S) each
     seeded = torch.Generator().manual_seed(0)
     order = torch.randperm(int(predicts.sum()), generator=seeded)
     predicts[predicts.clone()] = order < TOKENS
@@ -138,7 +138,7 @@ def look(model, tokenizer, problems: list[dict], system: str, length: int) -> di
 @torch.no_grad()
 def skewness(model, rollout) -> float:
     """Of all logits at a token, mean over answer tokens: m3 / m2^1.5."""
-    ids, predicts = join(rollout.prompts, rollout.tokens, rollout.lengths)      # (B, S) each
+    ids, predicts = join(rollout)      # (B, S) each
     lm = causal_lm(model)
     values = []
     with autocast(model):

@@ -6,7 +6,6 @@
 Answers to one problem stand side by side, the best first, each below its reward and its length; as
 many as the terminal is wide. Control characters are shown as \\x1b and never reach the terminal.
 """
-import argparse
 import itertools
 import json
 import os
@@ -94,8 +93,7 @@ def report(rows: list[dict], width: int, lines: int) -> str:
 
 @exit_on_bad_input
 def main(argv=None):
-    parser = Parser(description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("run", help="folder of a run")
     parser.add_argument("--step", type=int, help="this step alone")
     parser.add_argument("--problem", default="", help="problems that contain this text")

@@ -1,4 +1,4 @@
-"""Problems with answers: the embedded arithmetic, a local file or a hub dataset -> rows.
+"""Problems with answers: the embedded arithmetic, another file or a hub dataset -> rows.
 
 A row is a dict with every column of the data, and "problem" and "answer" (the gold) among them.
 Which columns those come from is recognised by name and printed; rows that cannot be used are
@@ -13,7 +13,7 @@ from itertools import islice
 
 from common import verify
 from common.flags import BadInput
-from common.tiny.arithmetic import arithmetic_problems
+from common.models import TINY
 
 PROBLEM_COLUMNS = ("problem", "question", "prompt", "query")
 ANSWER_COLUMNS = ("answer", "final_answer", "reward_model", "ground_truth", "expected_answer",
@@ -23,9 +23,9 @@ ANSWER_COLUMNS = ("answer", "final_answer", "reward_model", "ground_truth", "exp
 def read_rows(name, split, flag="--data"):
     """A local file's or a hub dataset's rows as they are: a list or a Dataset of dicts.
 
-    name: a file, or owner/set[:config[:split]]. Raises BadInput, which names the flag.
+    name: arithmetic, a file, or owner/set[:config[:split]]. Raises BadInput, which names the flag.
     """
-    path = pathlib.Path(name)
+    path = TINY / f"{split}.jsonl" if name == "arithmetic" else pathlib.Path(name)
     kind = path.suffix.lower()
     try:
         if kind in (".jsonl", ".json"):
@@ -67,14 +67,14 @@ def read_json(path):
     return rows
 
 
-def write_whole(path: pathlib.Path, text: str) -> None:
+def write_whole(path, text):
     """The file is the old or the new one, never half of it."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 
-def find_column(rows, known, place) -> str:
+def find_column(rows, known, place):
     """The first of the known columns that one of the first rows has, in any case. BadInput."""
     columns = {name.lower(): name for row in islice(rows, 100) for name in row}
     for name in known:
@@ -84,18 +84,18 @@ def find_column(rows, known, place) -> str:
                    f"{', '.join(columns)}")
 
 
-def is_text(x) -> bool:
+def is_text(x):
     """A string that is not blank, without half a surrogate pair, which JSON can spell."""
     return isinstance(x, str) and x.strip() != "" and not re.search("[\ud800-\udfff]", x)
 
 
-def is_chat(x) -> bool:
+def is_chat(x):
     """A list of messages, each with a role and a content."""
     return isinstance(x, list) and bool(x) and all(
         isinstance(m, dict) and is_text(m.get("role")) and is_text(m.get("content")) for m in x)
 
 
-def gold_answer(cell) -> str | None:
+def gold_answer(cell):
     """The final answer in a cell: after ####, in the last box, a reward_model's ground_truth, the
     one element of a list, or the whole text; also where these are bytes, or JSON in a text. None
     if there is nothing to compare with."""
@@ -118,15 +118,12 @@ def gold_answer(cell) -> str | None:
     return text if verify.parses(text) else None
 
 
-def load_problems(name, split="train", held_out=False, seed=0, count=None, flag="--data"):
+def load_problems(name, split="train", seed=0, count=None, flag="--data"):
     """-> rows with every column of the data, each problem once, `count` of them by the seed.
 
-    "problem" is a text or a list of chat messages, "answer" the gold as text. held_out takes the
-    evaluation part of `arithmetic`; other data has none. Raises BadInput, which names the flag, if
-    no row is usable.
+    "problem" is a text or a list of chat messages, "answer" the gold as text. Raises BadInput,
+    which names the flag, if no row is usable.
     """
-    if name == "arithmetic":
-        return arithmetic_problems(2048 if count is None else count, held_out, seed)
     rows = read_rows(name, split, flag)
     problem_column = find_column(rows, PROBLEM_COLUMNS, f"{flag} {name}")
     answer_column = find_column(rows, ANSWER_COLUMNS, f"{flag} {name}")
@@ -140,8 +137,8 @@ def load_problems(name, split="train", held_out=False, seed=0, count=None, flag=
             dropped += 1
         else:
             kept.setdefault(str(problem), {**row, "problem": problem, "answer": answer})
-    print(f"data: {name}: problem from {problem_column!r}, answer from {answer_column!r}; "
-          f"{len(rows)} rows, {dropped} dropped (no problem, no gold that can be compared, or "
+    print(f"{flag} {name}: {len(rows)} rows, problem from {problem_column!r}, answer from "
+          f"{answer_column!r}; {dropped} dropped (no problem, no gold that can be compared, or "
           f"multiple choice), {len(rows) - dropped - len(kept)} repeated")
     if not kept:
         raise BadInput(f"{flag} {name}: no row has both a problem and a usable answer")
@@ -158,8 +155,8 @@ def load_train_and_eval(args):
     """
     train = load_problems(args.data, seed=args.seed)
     if args.eval_data or args.data == "arithmetic":
-        held_out = load_problems(args.eval_data or "arithmetic", "test", held_out=True,
-                                 count=args.eval_problems, flag="--eval-data")
+        held_out = load_problems(args.eval_data or "arithmetic", "test", count=args.eval_problems,
+                                 flag="--eval-data")
         seen = {str(row["problem"]) for row in held_out}
         train = [row for row in train if str(row["problem"]) not in seen]
     else:
@@ -170,13 +167,13 @@ def load_train_and_eval(args):
     return train, held_out
 
 
-def fingerprint(train, held_out) -> str:
+def fingerprint(train, held_out):
     """A hash of all problems and golds, in their order."""
     text = json.dumps([[row["problem"], row["answer"]] for row in train + held_out])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def batch_of(rows, step, size, seed) -> list:
+def batch_of(rows, step, size, seed):
     """The `size` rows of step 0, 1, 2, ...: pieces of one shuffled pass after another.
 
     Depends on its arguments alone, so a resumed run goes on where the data stood.
@@ -189,7 +186,7 @@ def batch_of(rows, step, size, seed) -> list:
     return passes[place:place + size]
 
 
-def encode_prompt(tokenizer, problem, system="") -> list[int]:
+def encode_prompt(tokenizer, problem, system=""):
     """A problem (text or chat messages) -> token ids up to where the assistant begins to write.
 
     The chat template decides about special tokens, once. Templates that know `enable_thinking`
@@ -211,7 +208,7 @@ def encode_prompt(tokenizer, problem, system="") -> list[int]:
     return encoded["input_ids"]
 
 
-def drop_long_prompts(tokenizer, rows, system, longest) -> list[dict]:
+def drop_long_prompts(tokenizer, rows, system, longest):
     """The rows whose prompt has at most `longest` tokens; the others are counted in a line.
 
     A token has a byte or more, so a text of far fewer bytes is not encoded to find out.

@@ -38,38 +38,33 @@ def process_group():
         dist.destroy_process_group()
 
 
-def rank() -> int:
+def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def size() -> int:
+def size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def share(items: list) -> list:
+def share(items):
     """This rank's part: every N-th, from its own number on."""
     return items[rank()::size()]
 
 
-def total(x):
-    """The sum over all ranks of a tensor or a number, without gradient."""
-    if size() == 1:
-        return x
-    summed = torch.as_tensor(x).detach().clone()
-    dist.all_reduce(summed)
-    return summed if torch.is_tensor(x) else summed.item()
-
-
-def everyone(x) -> list:
+def everyone(x):
     """What each rank has for x, in the order of ranks; anything that can be pickled."""
-    if size() == 1:
-        return [x]
-    found = [None] * size()
-    dist.all_gather_object(found, x)
+    found = [x] * size()
+    if size() > 1:
+        dist.all_gather_object(found, x)
     return found
 
 
-def shard(root, blocks, device, dtype) -> None:
+def total(x):
+    """The sum over all ranks of a number, or of a tensor's elements -> a number."""
+    return sum(everyone(x.sum().item() if torch.is_tensor(x) else x))
+
+
+def shard(root, blocks, device, dtype):
     """Splits a module's weights over the ranks; it computes in dtype, gradients are float32.
 
     blocks: submodules that are gathered one by one when they run; the rest is gathered together.
@@ -103,7 +98,7 @@ def split_like(tensor, like):
     return tensor
 
 
-def gather_rest(module) -> None:
+def gather_rest(module):
     """Gathers what lies in no block (embedding, norm, unembedding), for use outside forward()."""
     if isinstance(module, FSDPModule):
         module.unshard()

@@ -42,7 +42,7 @@ def mean_and_error(values):
 
 
 def evaluate(model, tokenizer, rows, reward, k, max_new_tokens, temperature=1.0, top_p=1.0, seed=0,
-             system="") -> dict:
+             system=""):
     """Samples k answers to each row's problem and rates them by reward(text, row) -> float.
 
     -> avg_at_k, standard_error, pass_at {1: .., k: ..}, length (tokens), truncated (share),
@@ -52,30 +52,24 @@ def evaluate(model, tokenizer, rows, reward, k, max_new_tokens, temperature=1.0,
     answers = []
     for start in tqdm(range(0, len(rows), 64), "evaluating", leave=False, disable=rank() > 0):
         batch = rows[start:start + 64]
-        padding = batch[-1:] * (-len(batch) % size())  # each rank needs as many
-        mine = share(batch + padding)
+        mine = share(batch + batch[-1:] * (-len(batch) % size()))  # each rank needs as many
         prompts = [encode_prompt(tokenizer, row["problem"], system) for row in mine]
         rollout = sample(
             model, tokenizer, prompts, k,
             max_new_tokens, temperature, top_p,
             seed=seed + start)
+        lengths = rollout.lengths.view(-1, k).tolist()
+        finished = rollout.finished.view(-1, k).tolist()
         found = []
         for i, row in enumerate(mine):
-            group = slice(i * k, (i + 1) * k)
-            texts = rollout.texts[group]
-            finished = rollout.finished[group].tolist()
+            texts = rollout.texts[i * k:(i + 1) * k]
             rewards = [float(reward(text, row)) if ended else 0.0
-                       for text, ended in zip(texts, finished, strict=True)]
-            found.append({
-                **row,
-                "responses": texts,
-                "lengths": rollout.lengths[group].tolist(),
-                "finished": finished,
-                "rewards": rewards,
-            })
+                       for text, ended in zip(texts, finished[i], strict=True)]
+            found.append({**row, "responses": texts, "lengths": lengths[i],
+                          "finished": finished[i], "rewards": rewards})
         for of_ranks in zip(*everyone(found), strict=True):
             answers += of_ranks
-        del answers[start + len(batch):]  # of the padding
+        del answers[start + len(batch):]  # the last problem, once more
     by_problem = [statistics.fmean(row["rewards"]) for row in answers]
     average, error = mean_and_error(by_problem)
     right = [sum(reward >= 1 for reward in row["rewards"]) for row in answers]
@@ -93,7 +87,7 @@ def evaluate(model, tokenizer, rows, reward, k, max_new_tokens, temperature=1.0,
     }
 
 
-def describe(result) -> str:
+def describe(result):
     """One line: Avg@k ± standard error, Pass@k, length."""
     k = result["k"]
     return (f"Avg@{k} {result['avg_at_k']:.3f} ± {result['standard_error']:.3f}   "
@@ -118,11 +112,11 @@ class Args:
     max_new_tokens: int = flag(80, "longest answer in tokens", low=1)
     temperature: float = flag(1.0, "0 is greedy; the long-CoT paper: 0.7, with top-p 0.95", low=0)
     top_p: float = flag(1.0, "draw from the smallest set of tokens of this probability",
-                        above=0, high=1)
+                        low=0.01, high=1)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: str = flag("auto", "bfloat16 on a GPU, float32 on a CPU",
                       choices=("auto", "float32", "bfloat16"))
-    seed: int = flag(0, "draws problems and answers", low=0, high=10**9)
+    seed: int = flag(0, "draws problems and answers", low=0)
     output: str = flag(None, "JSONL file for the answers, which must not exist")
 
 
@@ -139,7 +133,7 @@ def main(argv=None):
     reward_of = load_reward(args.reward) if args.reward else verified
     tokenizer = load_tokenizer(args.model)
     model = load_model(args, trained=False)
-    rows = load_problems(args.data, "test", True, args.seed, args.problems)
+    rows = load_problems(args.data, "test", args.seed, args.problems)
     context = causal_lm(model).config.max_position_embeddings
     rows = drop_long_prompts(tokenizer, rows, args.system, context - args.max_new_tokens)
     first = encode_prompt(tokenizer, rows[0]["problem"], args.system)

@@ -10,13 +10,10 @@ import argparse
 import dataclasses
 import functools
 import json
-import math
-import os
 import pathlib
 import runpy
 import sys
 
-import torch.distributed as dist
 from safetensors import SafetensorError
 from tqdm import tqdm
 
@@ -29,27 +26,11 @@ class BadInput(ValueError):
     """A flag, file, column or model that cannot be used: one line, exit code 2, nothing is lost."""
 
 
-def flag(default, help, low=-math.inf, high=math.inf, above=-math.inf, choices=None, kind=None):
-    """A dataclass field that becomes a flag; low <= value <= high and value > above are checked."""
-    kind = kind or (str if default is None else type(default))
-    options = {"help": help, "type": kind, "choices": choices}
-    if kind is bool:
-        options = {"help": help, "action": argparse.BooleanOptionalAction}
-    metadata = {"options": options, "range": (low, high, above)}
+def flag(default, help, low=-1e9, high=1e9, choices=None):
+    """A dataclass field that becomes a flag, of the type it is annotated with; low <= a number <=
+    high is checked."""
+    metadata = {"help": help, "low": low, "high": high, "choices": choices}
     return dataclasses.field(default=default, metadata=metadata)
-
-
-def check_range(name: str, value, low, high, above) -> None:
-    """BadInput if a flag's number is too small, too large or none."""
-    place = f"--{name.replace('_', '-')} {value}"
-    if not math.isfinite(value):
-        raise BadInput(f"{place}: must be finite")
-    if value < low:
-        raise BadInput(f"{place}: must be at least {low}")
-    if value > high:
-        raise BadInput(f"{place}: must be at most {high}")
-    if value <= above:
-        raise BadInput(f"{place}: must be above {above}")
 
 
 @dataclasses.dataclass
@@ -73,7 +54,7 @@ class Shared:
     dtype: str = flag("auto", "of matrix products, auto: bfloat16 on a GPU, float32 on a CPU; "
                       "weights that are trained are float32",
                       choices=("auto", "float32", "bfloat16"))
-    seed: int = flag(0, "draws data order and answers", low=0, high=10**9)
+    seed: int = flag(0, "draws data order and answers", low=0)
     output: str = flag(None, "folder of the run; default: runs/<script>, numbered if taken")
     resume: str = flag(None, "folder of an interrupted run to go on with, its flags and all")
 
@@ -82,64 +63,71 @@ SHARED_REAL = {"system": BOXED, "micro_batch_tokens": 4096}  # defaults of large
 
 
 class Parser(argparse.ArgumentParser):
+    def __init__(self, description=None, add_help=True):
+        super().__init__(description=description, add_help=add_help, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
     def error(self, message):
         raise BadInput(message)
 
 
-def parse_args(Args, real: dict, description: str, argv: list[str] | None = None):
-    """Command line -> an Args. Dashes or underscores; with --resume the run's own flags hold.
+def parse_args(Args, real, description, argv=None):
+    """Command line -> the flags. Dashes or underscores; with --resume the run's own flags hold.
 
     A model larger than the embedded one takes its defaults from `real`, and for the longest answer
     at most half its context. Raises BadInput.
     """
-    from common.models import context_of, is_small  # here, since models.py imports BadInput
-    parser = Parser(description=description, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    for field in dataclasses.fields(Args):
-        options = dict(field.metadata["options"])
+    from common.models import SMALL, load_config  # here, since models.py imports BadInput
+    parser = Parser(description)
+    fields = dataclasses.fields(Args)
+    for field in fields:
+        options = {"type": field.type, "choices": field.metadata["choices"]}
+        if field.type is bool:
+            options = {"action": "store_true"}
+        help = field.metadata["help"]
         if field.default not in (None, "", False):
-            options["help"] += f" [{field.default}]"
+            help += f" [{field.default}]"
         if field.name in real:
-            options["help"] += f" [larger models: {real[field.name]}]"
+            help += f" [larger models: {real[field.name]}]"
         names = dict.fromkeys([f"--{field.name.replace('_', '-')}", f"--{field.name}"])
-        parser.add_argument(*names, default=field.default, **options)
+        parser.add_argument(*names, default=field.default, help=help, **options)
     args = parser.parse_args(argv)
-    resume = getattr(args, "resume", None)
-    defaults = {}
-    if resume:
-        _, defaults = read_config(resume)
-    elif not is_small(args.model):
-        defaults = {**SHARED_REAL, **real}
-        if "max_new_tokens" in real:
-            longest = context_of(args.model) // 2
-            defaults["max_new_tokens"] = min(real["max_new_tokens"], longest)
-    parser.set_defaults(**{name: x for name, x in defaults.items() if name in args})
-    if not resume and getattr(args, "lora_rank", 0):
-        parser.set_defaults(lr=10 * parser.get_default("lr"))  # adapters want larger steps
-    values = vars(parser.parse_args(argv))
-    for field in dataclasses.fields(Args):
-        if isinstance(values[field.name], int | float):
-            check_range(field.name, values[field.name], *field.metadata["range"])
-    return Args(**values)
+    if getattr(args, "resume", None):
+        parser.set_defaults(**read_config(args.resume)["flags"])
+    else:
+        config = load_config(args.model)
+        if config.hidden_size > SMALL:
+            longest = min(real["max_new_tokens"], config.max_position_embeddings // 2)
+            parser.set_defaults(**{**SHARED_REAL, **real, "max_new_tokens": longest})
+        if getattr(args, "lora_rank", 0):
+            parser.set_defaults(lr=10 * parser.get_default("lr"))  # adapters want larger steps
+    args = parser.parse_args(argv)
+    for field in fields:
+        value = getattr(args, field.name)
+        low, high = field.metadata["low"], field.metadata["high"]
+        if isinstance(value, int | float) and not low <= value <= high:
+            raise BadInput(f"--{field.name.replace('_', '-')} {value}: must be at least {low} and "
+                           f"at most {high}")
+    return args
 
 
-def read_config(folder: str) -> tuple[dict, dict]:
-    """config.json of a run, and the flags in it. Raises BadInput."""
-    path = pathlib.Path(folder) / "config.json"
+def read_config(folder):
+    """config.json of a run. Raises BadInput if it is not there or damaged."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        return config, dict(config["flags"])
+        text = pathlib.Path(folder, "config.json").read_text(encoding="utf-8")
+        config = json.loads(text)
+        return {**config, "flags": dict(config["flags"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"--resume {folder}: no run there, {path.name} cannot be read "
+        raise BadInput(f"--resume {folder}: no run there, config.json cannot be read "
                        f"({type(error).__name__}: {error})") from error
 
 
-def load_reward(place: str):
+def load_reward(place):
     """`my_rewards.py:length_bonus` -> that function; errors of the file's own code are raised."""
     path, _, name = place.rpartition(":")
     try:
         return runpy.run_path(path)[name]
-    except (OSError, ImportError, KeyError) as error:
+    except (OSError, KeyError) as error:
         raise BadInput(f"--reward {place}: give a file and a function in it, my_rewards.py:mine "
                        f"({type(error).__name__}: {error})") from error
 
@@ -147,17 +135,14 @@ def load_reward(place: str):
 def exit_on_bad_input(main):
     """Wraps a script's main: its errors become one line, and torchrun's processes are joined.
 
-    Exit code 2 for bad input, a full disk and memory that runs out, 130 for Ctrl-C.
+    Exit code 2 for bad input, a library that is not installed, a full disk and memory that runs
+    out, 130 for Ctrl-C.
     """
     @functools.wraps(main)
     def wrapped(argv=None):
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="replace")  # a console that has no "±" shows a "?"
         try:
-            processes = os.environ.get("WORLD_SIZE", "1")
-            if processes != "1" and not dist.is_torchelastic_launched():
-                raise BadInput(f"WORLD_SIZE is {processes}: several processes are started by "
-                               "torchrun, for a single one unset it")
             with process_group():
                 return main(argv)
         except KeyboardInterrupt:
@@ -167,7 +152,7 @@ def exit_on_bad_input(main):
             if not any(cause in str(error) for cause in ("out of memory", "DefaultCPUAllocator")):
                 raise  # a bug
             reason = "out of memory: lower --micro-batch-tokens or --group-size, then --resume"
-        except (BadInput, OSError, SafetensorError) as error:
+        except (BadInput, OSError, ImportError, SafetensorError) as error:
             reason = str(error) or type(error).__name__
         tqdm.write(f"error: {reason.splitlines()[0]}", file=sys.stderr)  # not behind a bar
         raise SystemExit(2)

@@ -15,7 +15,7 @@ from common.flags import BadInput
 from common.models import autocast, causal_lm
 
 
-def first_blocks(model, layer: int, final_norm: bool = False) -> nn.Module:
+def first_blocks(model, layer, final_norm=False):
     """The model's trunk cut off after block `layer` (1-based): a view that shares every weight.
 
     Its output is H^layer, or norm(H^layer) with final_norm, or the model's own for layer L. Blocks
@@ -35,8 +35,8 @@ def first_blocks(model, layer: int, final_norm: bool = False) -> nn.Module:
     return view
 
 
-def layer_logits(model, input_ids, attention_mask=None, layer: int | None = None,
-                 final_norm: bool = False) -> torch.Tensor:
+def layer_logits(model, input_ids, attention_mask=None, layer=None,
+                 final_norm=False):
     """Logits (B, T, V) of block `layer`'s policy (1-based, eq. 5); None or L is the model's own.
 
     Builds the whole (B, T, V): for looking and for tests; training goes through logprobs.py.
@@ -50,14 +50,14 @@ def layer_logits(model, input_ids, attention_mask=None, layer: int | None = None
     return lm.lm_head(states.last_hidden_state)
 
 
-def entropy(logits: torch.Tensor) -> torch.Tensor:
+def entropy(logits):
     """Entropy in nats of softmax(logits) over the last axis, in float32 (eq. 7)."""
     logp = logits.float().log_softmax(-1)
     return -(logp.exp() * logp).sum(-1)
 
 
 @torch.no_grad()
-def block_streams(model, input_ids, attention_mask, mask, visit) -> None:
+def block_streams(model, input_ids, attention_mask, mask, visit):
     """Runs the model once and calls visit(streams) after every block, the lowest first.
 
     streams: name -> (N, D) at the positions where mask (B, S) is 1.
@@ -103,7 +103,7 @@ def block_streams(model, input_ids, attention_mask, mask, visit) -> None:
             handle.remove()
 
 
-def internal_entropies(model, input_ids, attention_mask, mask) -> dict[str, torch.Tensor]:
+def internal_entropies(model, input_ids, attention_mask, mask):
     """Mean entropy (nats, eq. 7) of softmax(x E^T) for every stream x of every block.
 
     Means over positions where mask (B, S) is 1 -> {"layer_in", "layer_out", "attn_in", "attn_out",
@@ -124,7 +124,7 @@ def internal_entropies(model, input_ids, attention_mask, mask) -> dict[str, torc
     return {name: torch.tensor([block[name] for block in blocks]) for name in blocks[0]}
 
 
-def entropy_changes(entropies: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def entropy_changes(entropies):
     """What leaves minus what enters, per block (eqs. 8, 11-13) -> "attn", "ffn", "layer": (L,)."""
     changes = {}
     for name in ("attn", "ffn", "layer"):
@@ -132,7 +132,7 @@ def entropy_changes(entropies: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
     return changes
 
 
-def boundary_layer(ffn_change, tolerance: float = 0.05) -> int:
+def boundary_layer(ffn_change, tolerance=0.05):
     """The 1-based block where exploration ends: the last of the first run of blocks whose FFN
     raises entropy.
 

@@ -8,9 +8,8 @@ is needed. Only the states that predict answer tokens meet the vocabulary, a chu
 """
 import torch
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
-from common.distributed import everyone, gather_rest, gathered, rank
+from common.distributed import everyone, gather_rest, gathered
 from common.flags import BadInput
 from common.models import autocast, causal_lm, compute_dtype
 from common.sampling import join, sample
@@ -58,9 +57,8 @@ def states_before_answers(model, rollout, trunk=None):
     lm = causal_lm(model)
     gather_rest(lm)
     trunk = trunk or lm.model
-    ids, predicts = join(rollout.prompts, rollout.tokens, rollout.lengths)      # (B, S) each
-    output = trunk(input_ids=ids, use_cache=False)
-    hidden = output.last_hidden_state                                           # (B, S, D)
+    ids, predicts = join(rollout)                                               # (B, S) each
+    hidden = trunk(input_ids=ids, use_cache=False).last_hidden_state            # (B, S, D)
     return hidden[predicts]                                                     # (N, D)
 
 
@@ -91,8 +89,7 @@ def old_logprobs(model, rollout, rows, budget, temperature=1.0, trunk=None):
 
 
 def micro_batches(rollout, rows, budget):
-    """Row numbers (N,) in parts with rows x longest row <= budget tokens, prompt and answer; a
-    long pass over them shows a bar.
+    """Row numbers (N,) in parts with rows x longest row <= budget tokens, prompt and answer.
 
     Sorted by length, so that a part has little padding; a longer row is a part of its own. Ranks
     compute together, so one that has fewer parts gets empty ones.
@@ -100,26 +97,23 @@ def micro_batches(rollout, rows, budget):
     lengths = rollout.lengths.tolist()
     sizes = {row: len(rollout.prompts[row]) + lengths[row] for row in rows.tolist()}
     parts = []
-    width = 0
     for row in sorted(sizes, key=sizes.get, reverse=True):
-        if not parts or (len(parts[-1]) + 1) * width > budget:
+        if not parts or (len(parts[-1]) + 1) * sizes[parts[-1][0]] > budget:
             parts.append([])
-            width = sizes[row]
         parts[-1].append(row)
     most = max(everyone(len(parts)))
     parts += [[]] * (most - len(parts))
-    batches = [rows.new_tensor(part) for part in parts]
-    return tqdm(batches, "micro-batches", delay=5, leave=False, disable=rank() > 0)
+    return [rows.new_tensor(part) for part in parts]
 
 
-def largest_gap(logp, rollout) -> float:
+def largest_gap(logp, rollout):
     """The largest difference of the trainer's log-probs (B, T) from the sampler's, nats."""
     gaps = (logp.detach() - rollout.logp).abs() * rollout.mask                  # (B, T)
     return gaps.max().item() if gaps.numel() else 0.0
 
 
 @torch.no_grad()
-def check_model(model, tokenizer, prompt, trained=True) -> None:
+def check_model(model, tokenizer, prompt, trained=True):
     """BadInput if the model cannot be sampled, or would be trained as another function.
 
     The sampler, which calls the model's own forward, says a few tokens behind the end of a prompt

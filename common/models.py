@@ -22,48 +22,42 @@ TINY = pathlib.Path(__file__).parent / "tiny"
 SMALL = 256  # hidden size up to which a model is of the embedded one's kind
 
 
-def model_path(name: str) -> str:
-    """`tiny`, a run's folder or a model's -> its path; other names are hub ids. BadInput."""
+def model_path(name):
+    """`tiny`, a run's folder or a model's -> its path; other names are hub ids. BadInput for a
+    folder of adapters."""
     folder = TINY if name == "tiny" else pathlib.Path(name)
     if (folder / "model").is_dir():
         folder = folder / "model"
     if (folder / "adapter_config.json").is_file():
         raise BadInput(f"--model {name}: adapters alone; --merge writes a whole model, or give its "
                        "folder merged/")
-    if not folder.exists() and (name.startswith(".") or name.count("/") != 1):
-        raise BadInput(f"no model in {name!r}: give tiny, a folder with config.json, tokenizer "
-                       "files and *.safetensors, or a hub id such as Qwen/Qwen3-4B")
     return folder.as_posix()
 
 
-def from_pretrained(loader, name: str, **kwargs):
+def from_pretrained(loader, name, **kwargs):
     """loader.from_pretrained, errors in one line. Code that comes with a model is never run."""
     path = model_path(name)
     try:
         return loader.from_pretrained(path, trust_remote_code=False, **kwargs)
     except Exception as error:  # no network, unknown id, broken files: each library has its own
-        raise BadInput(f"cannot load model {name!r}: {str(error).strip()}") from error
+        hub = "" if pathlib.Path(path).exists() else " (no folder of this name, so a hub id)"
+        raise BadInput(f"cannot load model {name!r}{hub}: {str(error).strip()}") from error
 
 
-def is_small(name: str) -> bool:
-    """Whether a model is of the embedded one's size, so that flags take their small defaults."""
-    return from_pretrained(AutoConfig, name).get_text_config().hidden_size <= SMALL
-
-
-def context_of(name: str) -> int:
-    """How many tokens a model takes, prompt and answer. BadInput if its config does not say."""
+def load_config(name):
+    """A model's configuration. BadInput if it does not say how many tokens the model takes."""
     config = from_pretrained(AutoConfig, name).get_text_config()
     if not hasattr(config, "max_position_embeddings"):
         raise BadInput(f"--model {name}: {config.model_type} is not supported: its config has no "
                        "max_position_embeddings")
-    return config.max_position_embeddings
+    return config
 
 
-def load_tokenizer(name: str):
+def load_tokenizer(name):
     return from_pretrained(AutoTokenizer, name)
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name):
     """`auto`, `cpu`, `cuda`, `cuda:1`, `mps` -> a device that is there. Raises BadInput."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"  # the one of this process
@@ -132,7 +126,7 @@ def causal_lm(model):
     return lm
 
 
-def no_dropout(model) -> None:
+def no_dropout(model):
     """Sampling has none, so training must not have it either, or the ratio is noise."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -142,7 +136,7 @@ def no_dropout(model) -> None:
                 setattr(module, name, 0.0)
 
 
-def add_adapters(model, rank: int):
+def add_adapters(model, rank):
     """Low-rank adapters (peft) on all linear maps of the blocks; only they are trained."""
     from peft import LoraConfig, get_peft_model  # slow to import
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
@@ -151,7 +145,7 @@ def add_adapters(model, rank: int):
         return get_peft_model(model, config)
 
 
-def compute_dtype(model) -> torch.dtype:
+def compute_dtype(model):
     """Of matrix products: what load_model has set; of other models the weights' own."""
     lm = causal_lm(model)
     return getattr(lm, "compute_dtype", lm.dtype)
@@ -178,7 +172,7 @@ def adapters_off(model):
     return contextlib.nullcontext()
 
 
-def stop_ids(model, tokenizer) -> list[int]:
+def stop_ids(model, tokenizer):
     """Token ids that end an answer: the tokenizer's end token, the generation config's, and the one
     with which the chat template ends a turn."""
     named = model.generation_config.eos_token_id
@@ -187,7 +181,7 @@ def stop_ids(model, tokenizer) -> list[int]:
     return sorted({tokenizer.eos_token_id, end_of_turn(tokenizer), *named} - {None})
 
 
-def end_of_turn(tokenizer) -> int | None:
+def end_of_turn(tokenizer):
     """The special token that follows an assistant's turn in the chat template, if there is one."""
     if not tokenizer.chat_template:
         return None
@@ -199,13 +193,13 @@ def end_of_turn(tokenizer) -> int | None:
     return None
 
 
-def head_dim(config) -> int:
+def head_dim(config):
     """Width of an attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def memory_estimate(model, rows, tokens, micro_batch_tokens) -> str:
-    """One line: GiB that training on a rollout of rows x tokens takes, to within 15 %.
+def memory_estimate(model, batch):
+    """One line: GiB that training takes with micro-batches of so many tokens, to within 15 %.
 
     Not counted: a second model (a reference, a critic), and sampling, which takes what is free, as
     rows_at_once says.
@@ -213,7 +207,6 @@ def memory_estimate(model, rows, tokens, micro_batch_tokens) -> str:
     lm = causal_lm(model)
     config = lm.config
     item = compute_dtype(model).itemsize
-    batch = min(micro_batch_tokens, rows * tokens)
     weights = lm.get_memory_footprint() / size()
     trained = lm.num_parameters(only_trainable=True) / size()
     adam = trained * (12 if item == 4 else 14)  # gradient, two moments, bfloat16 copy
@@ -229,7 +222,7 @@ def memory_estimate(model, rows, tokens, micro_batch_tokens) -> str:
             f"about {gib[3]}")
 
 
-def rows_at_once(model, tokens: int) -> int:
+def rows_at_once(model, tokens):
     """How many answers of so many tokens are sampled at once: at most 512, and in 60 % of the
     memory that is free, on a CPU in 8 GiB."""
     lm = causal_lm(model)
@@ -238,6 +231,6 @@ def rows_at_once(model, tokens: int) -> int:
     row = 2 * keys * compute_dtype(model).itemsize + 20 * config.vocab_size  # bytes
     room = 8 << 30
     if lm.device.type == "cuda":
-        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        room = 0.6 * (torch.cuda.mem_get_info()[0] + unused)
+        torch.cuda.empty_cache()
+        room = 0.6 * torch.cuda.mem_get_info()[0]
     return max(1, min(512, int(room / row)))

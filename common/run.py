@@ -9,15 +9,14 @@
 
 Nothing random is kept between steps: data order and answers follow from (seed, step). So a
 checkpoint is weights, moments and what has been logged, and on a CPU a resumed run ends with the
-very weights of an uninterrupted one. Checkpoint, configuration and summary are written beside
-their place and renamed into it, so they are whole whatever moment a run dies at.
+very weights of an uninterrupted one. Every file is written beside its place and renamed into it,
+so it is whole whatever moment a run dies at.
 """
-import importlib.util
+import importlib
 import itertools
 import json
 import math
 import pathlib
-import platform
 import statistics
 import subprocess
 import sys
@@ -40,6 +39,7 @@ from common.flags import BadInput, read_config
 from common.logprobs import check_model
 from common.models import causal_lm, end_of_turn, load_model, load_tokenizer, memory_estimate
 
+CODE = pathlib.Path(__file__).parent
 EVAL_K = 8   # answers to each held-out problem
 SAVES = 10   # checkpoints in a run, evenly spaced; the last one stays
 SHOWN = 4    # answers per step in rollouts.jsonl
@@ -49,7 +49,7 @@ FIXED = ("script", "model", "seed", "lora_rank", "layer", "data_hash")  # --resu
 class Run:
     """Public: args, model, tokenizer, train and held_out (rows), folder, summary, rows."""
 
-    def __init__(self, name: str, args, reward):
+    def __init__(self, name, args, reward):
         """Loads and checks everything. reward(text, row) rates held-out answers. BadInput."""
         self.name = name
         self.args = args
@@ -58,21 +58,25 @@ class Run:
         self.rows = []     # of metrics.jsonl
         self.answers = []  # of rollouts.jsonl
         self.tensors = []  # of the checkpoint to go on from
-        self.config = {}   # of the run to go on with
         self.warned = set()
         args.output = args.resume or args.output
         self.folder = pathlib.Path(args.output or f"runs/{name}")
         if args.output and not args.resume and any(self.folder.glob("*")):
             raise BadInput(f"--output {self.folder}: holds something already; take another folder, "
                            f"or --resume {self.folder}")
-        updates = size() * getattr(args, "updates_per_rollout", 1)
-        if getattr(args, "prompts_per_step", updates) % updates:
-            raise BadInput(f"--prompts-per-step {args.prompts_per_step}: must be divisible by "
-                           f"--updates-per-rollout x processes, {updates}")
-        if args.track and importlib.util.find_spec(args.track) is None:
-            raise BadInput(f"--track {args.track}: not installed, pip install {args.track}")
+        if getattr(args, "prompts_per_step", 0) % size():
+            raise BadInput(f"--prompts-per-step {args.prompts_per_step}: must be divisible by the "
+                           f"number of processes, {size()}")
+        if args.track:
+            importlib.import_module(args.track)  # if it is not there, that is known at once
         train, held_out = load_train_and_eval(args)
-        self.data_hash = fingerprint(train, held_out)
+        self.config = {
+            "script": name,
+            "command": sys.argv,
+            "data_hash": fingerprint(train, held_out),
+            "commit": subprocess.getoutput(f"git -C '{CODE}' rev-parse HEAD"),  # or why none
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+            "flags": vars(args)}
         if args.resume:
             self.resume()
         torch.manual_seed(args.seed)  # new adapters draw from it
@@ -83,11 +87,11 @@ class Run:
         self.held_out = drop_long_prompts(self.tokenizer, held_out, args.system, longest)
         self.describe()
 
-    def resume(self) -> None:
+    def resume(self):
         """Reads config.json and checkpoint. BadInput if they are damaged or another run's."""
-        self.config, flags = read_config(self.folder)
-        had = {**flags, **self.config}
-        has = {**vars(self.args), "script": self.name, "data_hash": self.data_hash}
+        config = read_config(self.folder)
+        had = {**config["flags"], **config}
+        has = {**vars(self.args), **self.config}
         for name in FIXED:
             if had.get(name) != has.get(name):
                 raise BadInput(f"--resume {self.folder}: {name} is {had.get(name)} there and "
@@ -101,7 +105,7 @@ class Run:
         except Exception as error:  # a damaged file fails in any way it likes
             raise BadInput(f"{place}: cannot be gone on with ({type(error).__name__})") from error
 
-    def describe(self) -> None:
+    def describe(self):
         """Checks the model on the first prompt, prints that, model, data, memory."""
         args = self.args
         lm = causal_lm(self.model)
@@ -111,23 +115,18 @@ class Run:
         if end not in (None, self.tokenizer.eos_token_id):
             print(f"note: answers also end at {self.tokenizer.decode(end)!r}, with which the chat "
                   "template ends a turn")
-        millions = sum(weight.numel() for weight in self.model.parameters()) / 1e6
+        millions = lm.num_parameters() / 1e6
         print(f"model: {args.model}, {lm.config.model_type}, {millions:.2f} M parameters, "
               f"{lm.config.num_hidden_layers} blocks, {lm.compute_dtype} on {lm.device}")
-        print(f"data:  {args.data}, {len(self.train)} problems to train on, "
-              f"{len(self.held_out)} held out")
         print(f"first prompt ({len(prompt)} tokens): {self.tokenizer.decode(prompt)!r} "
               f"-> gold {self.train[0]['answer']!r}")
-        rows = getattr(args, "prompts_per_step", 1) * getattr(args, "group_size", 1)
-        rows = getattr(args, "batch_size", rows)
-        print(memory_estimate(self.model, rows, len(prompt) + args.max_new_tokens,
-                              args.micro_batch_tokens))
+        print(memory_estimate(self.model, args.micro_batch_tokens))
 
-    def encode(self, rows: list[dict]) -> list[list[int]]:
+    def encode(self, rows):
         """The prompts of some rows as token ids."""
         return [encode_prompt(self.tokenizer, row["problem"], self.args.system) for row in rows]
 
-    def make_folder(self) -> None:
+    def make_folder(self):
         """Makes the folder, unless it is there, and writes config.json. begin() does this too."""
         args = self.args
         if rank() == 0 and args.output is None:
@@ -135,21 +134,9 @@ class Run:
         args.output = everyone(args.output)[0]
         self.folder = pathlib.Path(args.output)
         self.folder.mkdir(parents=True, exist_ok=True)
-        config = {
-            "script": self.name,
-            "data_hash": self.data_hash,
-            "command": sys.argv,
-            "commit": commit(),
-            "device": str(self.model.device),
-            "versions": {
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "python": platform.python_version()},
-            **self.config,
-            "flags": vars(args)}
-        self.write("config.json", json.dumps(config, indent=1))
+        self.write("config.json", json.dumps(self.config, indent=1))
 
-    def begin(self, optimizer, *others) -> int:
+    def begin(self, optimizer, *others):
         """Restores the checkpoint, or evaluates and saves a first one -> the first step to make.
 
         others: tensors that checkpoints keep beside the optimiser's weights and moments.
@@ -161,8 +148,6 @@ class Run:
         if self.tensors:
             self.restore()
         self.make_folder()
-        self.write("metrics.jsonl", json_lines(self.rows))  # without steps that are made again
-        self.write("rollouts.jsonl", json_lines(self.answers))
         if self.held_out and "avg_at_k_before" not in self.summary:
             self.measure("before")
         first = len(self.rows)
@@ -176,7 +161,7 @@ class Run:
         self.started = time.perf_counter()
         return first
 
-    def restore(self) -> None:
+    def restore(self):
         """Puts the checkpoint's tensors and their moments back; the learning rate is the flag's.
         BadInput if they are another model's, or more steps are done than are asked for."""
         done = len(self.rows)
@@ -193,21 +178,12 @@ class Run:
         self.tensors = []  # closes the file
         print(f"going on from step {done} of {self.args.steps} in {self.folder}")
 
-    def write(self, name: str, text: str) -> None:
+    def write(self, name, text):
         if rank() == 0:
             write_whole(self.folder / name, text)
 
-    def append(self, name: str, rows: list[dict]) -> None:
-        if rank() == 0:
-            with open(self.folder / name, "a", encoding="utf-8") as file:
-                file.write(json_lines(rows))
-
-    def elapsed(self) -> float:
-        """Seconds of this step so far."""
-        return time.perf_counter() - self.started
-
-    def log(self, step: int, problems=(), rollout=None, rewards=None, parts=(), grad_norms=(),
-            **values) -> None:
+    def log(self, step, problems=(), rollout=None, rewards=None, parts=(), grad_norms=(),
+            **values):
         """Writes a row of metrics of all ranks together and some answers, moves the bar, warns.
 
         problems: the rows that rollout answers. It adds length, share cut off and entropy (nats,
@@ -216,20 +192,21 @@ class Run:
         _max. grad_norms: one per update.
         """
         done = step + 1
-        row = {"step": done, **values, "seconds": self.elapsed()}
+        row = {"step": done, **values, "seconds": time.perf_counter() - self.started}
         if rewards is not None:
             row["reward"] = mean(rewards)
             row["no_signal"] = mean(rewards.max(1).values == rewards.min(1).values)
         if rollout is not None:
-            tokens = total(rollout.lengths.sum().item())
+            tokens = total(rollout.lengths)
             row["length"] = mean(rollout.lengths)
             row["truncated"] = 1 - mean(rollout.finished)
-            row["entropy"] = total(rollout.entropy.sum().item()) / tokens
+            row["entropy"] = total(rollout.entropy) / tokens
             row["tokens_per_second"] = tokens / row["seconds"]
+            self.answers += some_answers(done, problems, rollout, rewards)
         for name in parts[0] if parts else ():
             found = [part[name] for part in parts]
             if name.endswith("_max"):
-                row[name] = max(max(everyone(found)))
+                row[name] = max(map(max, everyone(found)))
             else:
                 row[name] = total(sum(found)) / len(grad_norms)
         row["grad_norm"] = statistics.fmean(grad_norms)
@@ -237,14 +214,10 @@ class Run:
         every = self.args.eval_every
         if every and done % every == 0 and done < self.args.steps and self.held_out:
             row["avg_at_k"] = self.evaluate()["avg_at_k"]
-        for name, value in row.items():
-            row[name] = float(f"{value:.5g}") if isinstance(value, float) else value
         self.rows.append(row)
-        self.append("metrics.jsonl", [row])
+        self.write("metrics.jsonl", json_lines(self.rows))
         if rollout is not None:
-            answers = some_answers(done, problems, rollout, rewards)
-            self.answers += answers
-            self.append("rollouts.jsonl", answers)
+            self.write("rollouts.jsonl", json_lines(self.answers))
         if self.track:
             self.track({name: x for name, x in row.items() if x is not None}, step=done)
         shown = ("reward", "loss", "length", "entropy", "tokens_per_second")
@@ -253,7 +226,7 @@ class Run:
         self.warn(row)
         self.started = time.perf_counter()
 
-    def warn(self, row: dict) -> None:
+    def warn(self, row):
         """Says once what a row shows to be wrong."""
         exact = causal_lm(self.model).compute_dtype == torch.float32
         notes = {
@@ -274,12 +247,12 @@ class Run:
                 self.warned.add(note)
                 tqdm.write(f"note: step {row['step']}: {note}")
 
-    def evaluate(self) -> dict:
+    def evaluate(self):
         """On the held-out problems, with the same random numbers each time."""
         return evaluate(self.model, self.tokenizer, self.held_out, self.reward, EVAL_K,
                         self.args.max_new_tokens, seed=10_000, system=self.args.system)
 
-    def measure(self, when: str) -> dict:
+    def measure(self, when):
         """Evaluates, prints the line, keeps it in the summary as <name>_<when>."""
         result = self.evaluate()
         print(f"{when + ':':7} {describe(result)}", flush=True)
@@ -288,7 +261,7 @@ class Run:
             self.summary[f"{name}_{when}"] = result[name]
         return result
 
-    def save(self, step: int) -> None:
+    def save(self, step):
         """A checkpoint after `step` steps, if one is due. OSError if it cannot be written."""
         if step % max(1, self.args.steps // SAVES) and step < self.args.steps:
             return
@@ -298,17 +271,14 @@ class Run:
             tensors.append({name: whole(value) for name, value in saved.items()})
         if rank() > 0:
             return
-        place = self.folder / "checkpoint.pt"
-        temporary = place.with_suffix(".tmp")
-        try:
-            torch.save((self.summary, self.rows, self.answers, tensors), temporary)
-        except RuntimeError as error:  # what torch raises where the disk is full
-            raise OSError(f"{place} cannot be written: is the disk full?") from error
-        temporary.replace(place)
+        temporary = self.folder / "checkpoint.tmp"
+        with temporary.open("wb") as file:
+            torch.save((self.summary, self.rows, self.answers, tensors), file)
+        temporary.replace(self.folder / "checkpoint.pt")
         self.started = time.perf_counter()  # writing is no part of the next step
 
-    def finish(self) -> dict | None:
-        """Saves the model, evaluates, prints some answers and places -> what measure() gave."""
+    def finish(self):
+        """Saves the model, evaluates, says where all is -> what measure() gave."""
         result = None
         self.bar.close()
         self.summary["seconds"] = round(sum(row["seconds"] for row in self.rows), 1)
@@ -317,26 +287,23 @@ class Run:
             result = self.measure("after")
             before, after = self.summary["by_problem_before"], self.summary["by_problem_after"]
             gain, error = mean_and_error([b - a for a, b in zip(before, after, strict=True)])
-            print(f"change: {gain:+.3f} ± {error:.3f}, paired by problem\n")
-            for row in result["answers"][:3]:
-                print(f"  {str(row['problem'])[-300:]}  gold {row['answer']}")
-                print(f"    reward {row['rewards'][0]:g}: {row['responses'][0][:600]}")
+            print(f"change: {gain:+.3f} ± {error:.3f}, paired by problem")
         self.write_summary()
         self.write("model/README.md", model_card(self))
-        print(f"\nmodel: {self.folder}/model   metrics: {self.folder}/metrics.jsonl   "
-              f"figure: python -m analysis.plot {self.folder}")
+        print(f"model: {self.folder}/model; to look: python -m analysis.rollouts {self.folder}, "
+              f"python -m analysis.plot {self.folder}")
         return result
 
-    def write_summary(self) -> None:
+    def write_summary(self):
         self.write("summary.json", json.dumps(self.summary, indent=1))
 
 
-def mean(tensor) -> float:
+def mean(tensor):
     """Of a tensor's elements on all ranks."""
-    return total(tensor.sum().item()) / total(tensor.numel())
+    return total(tensor) / total(tensor.numel())
 
 
-def save_model(folder: pathlib.Path, model, tokenizer, args) -> None:
+def save_model(folder, model, tokenizer, args):
     """folder/model, an ordinary save_pretrained folder, or the adapters in peft's format.
 
     With --merge the adapters are also merged into the model, in folder/merged. Every rank must
@@ -365,7 +332,7 @@ def save_model(folder: pathlib.Path, model, tokenizer, args) -> None:
         tokenizer.save_pretrained(folder / "merged")
 
 
-def some_answers(step: int, problems: list[dict], rollout, rewards) -> list[dict]:
+def some_answers(step, problems, rollout, rewards):
     """Rows of rollouts.jsonl: the first answers of a step."""
     rows = []
     for i, text in enumerate(rollout.texts[:SHOWN]):
@@ -381,7 +348,7 @@ def some_answers(step: int, problems: list[dict], rollout, rewards) -> list[dict
     return rows
 
 
-def model_card(run) -> str:
+def model_card(run):
     """README.md of model/: base, method, data, command, accuracy before and after."""
     args = run.args
     card = f"""---
@@ -400,7 +367,7 @@ Data: {args.data}, {len(run.train)} problems. Command: `{' '.join(sys.argv)}`.
     return card
 
 
-def tracker(kind: str, folder: pathlib.Path, flags: dict):
+def tracker(kind, folder, flags):
     """--track: opens a run in wandb, trackio or tensorboard -> log(numbers, step)."""
     if kind != "tensorboard":
         library = importlib.import_module(kind)
@@ -414,17 +381,7 @@ def tracker(kind: str, folder: pathlib.Path, flags: dict):
     return log
 
 
-def commit() -> str | None:
-    """The commit of this code, if it lies in a git repository."""
-    command = ["git", "-C", pathlib.Path(__file__).parent, "rev-parse", "HEAD"]
-    try:
-        said = subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return said.strip()
-
-
-def new_folder(place: pathlib.Path) -> pathlib.Path:
+def new_folder(place):
     """Makes the first of place, place-2, place-3, ... that no other run has."""
     folder = place
     for number in itertools.count(2):
@@ -435,5 +392,5 @@ def new_folder(place: pathlib.Path) -> pathlib.Path:
             folder = place.with_name(f"{place.name}-{number}")
 
 
-def json_lines(rows: list[dict]) -> str:
+def json_lines(rows):
     return "".join(json.dumps(row) + "\n" for row in rows)

@@ -40,7 +40,7 @@ class Rollout:
         place = torch.arange(self.tokens.shape[1], device=self.tokens.device)    # (T,)
         return (place < self.lengths[:, None]).float()
 
-    def __getitem__(self, rows) -> "Rollout":
+    def __getitem__(self, rows):
         """The rows with these numbers (b,). T stays, so they line up with the whole rollout."""
         chosen = {}
         for name, value in vars(self).items():
@@ -52,7 +52,7 @@ class Rollout:
 
 
 def sample(model, tokenizer, prompts, n, max_new_tokens, temperature=1.0, top_p=1.0, seed=0,
-           alone=False) -> Rollout:
+           alone=False):
     """n answers of at most max_new_tokens tokens to each prompt, a list of token ids.
 
     temperature 0 is greedy. top_p < 1 changes what is drawn, while logp and entropy stay the
@@ -149,13 +149,7 @@ def decode(lm, prompts, owner, noise, stop, temperature, top_p):
     tokens = torch.zeros_like(logp, dtype=torch.long)                    # (B, T)
     running = torch.arange(B, device=device)                             # (R,)
     lengths = torch.zeros_like(running)                                  # (B,)
-    steps = tqdm(
-        range(max_new_tokens),
-        "sampling",
-        delay=5,  # seconds until it shows
-        leave=False,
-        disable=rank() > 0)
-    for t in steps:
+    for t in tqdm(range(max_new_tokens), "sampling", delay=5, leave=False, disable=rank() > 0):
         full = (logits.float() / (temperature or 1.0)).log_softmax(-1)   # (R, V)
         probs = full.exp()                                               # (R, V)
         entropy[running, t] = -(probs * full).sum(-1)
@@ -176,7 +170,6 @@ def decode(lm, prompts, owner, noise, stop, temperature, top_p):
             token = token[going_on]
             visible = visible[going_on]
             cache.batch_select_indices(going_on.nonzero()[:, 0])
-            steps.set_postfix_str(f"{B - len(running)} of {B} answers ended", refresh=False)
         if len(running) == 0 or t + 1 == max_new_tokens:
             break
         visible = F.pad(visible, (0, 1), value=1)                        # (R, S)
@@ -201,22 +194,23 @@ def pick(probs, noise):
     return place[:, 0].clamp(max=probs.shape[1] - 1)
 
 
-def join(prompts, tokens, lengths):
-    """Prompts (B lists of ids) and answers (B, T), of lengths (B,), as rows that are padded on the
-    right -> ids (B, S), predicts (B, S).
+def join(rollout):
+    """Prompts and answers as rows that are padded on the right -> ids (B, S), predicts (B, S).
 
     predicts is True where the *next* token belongs to the answer, so hidden[predicts] (N, D) are
     the states that predict the answers' tokens, row after row. No row at all becomes one of a
     single token that predicts nothing.
     """
-    if not prompts:
-        return tokens.new_zeros(1, 1), tokens.new_zeros(1, 1).bool()
-    ids = []
-    predicts = []
-    for prompt, answer, length in zip(prompts, tokens, lengths.tolist(), strict=True):
-        row = torch.cat([tokens.new_tensor(prompt), answer[:length]])
-        next_is_answer = torch.zeros_like(row).bool()
-        next_is_answer[len(prompt) - 1:-1] = True
-        ids.append(row)
-        predicts.append(next_is_answer)
-    return pad_sequence(ids, batch_first=True), pad_sequence(predicts, batch_first=True)
+    if not rollout.prompts:
+        nothing = rollout.tokens.new_zeros(1, 1)
+        return nothing, nothing.bool()
+    rows = []
+    answers = zip(rollout.prompts, rollout.tokens, rollout.lengths, strict=True)
+    for prompt, answer, length in answers:
+        rows.append(torch.cat([answer.new_tensor(prompt), answer[:length]]))
+    ids = pad_sequence(rows, batch_first=True)                           # (B, S)
+    following = torch.arange(ids.shape[1], device=ids.device) + 1        # (S,), the next place
+    start = rollout.lengths.new_tensor([len(prompt) for prompt in rollout.prompts])
+    start = start[:, None]                                               # (B, 1)
+    end = start + rollout.lengths[:, None]                               # (B, 1)
+    return ids, (start <= following) & (following < end)

@@ -18,7 +18,6 @@ A part that a loss has no argument for is "not offered", which is no failure. Ex
 nothing fails, 1 if something does, 2 for a callable that cannot be loaded. Names are looked up in
 this folder, in the repository and where the command is run; adapters.py has other libraries'.
 """
-import argparse
 import importlib
 import inspect
 import itertools
@@ -225,8 +224,7 @@ def load(place: str):
 
 @exit_on_bad_input
 def main(argv=None) -> int:
-    parser = Parser(description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("loss", help="module:callable, as the others")
     for name in ("advantages", "kl-loss", "kl-value", "logprobs"):
         parser.add_argument(f"--{name}")

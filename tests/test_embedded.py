@@ -108,7 +108,7 @@ def test_layer_policies_fall_gradually(model, tokenizer):
     after block 1 to under 0.3 nats at the end, at least four blocks on the way between a hundredth
     and nine tenths of ln V."""
     rollout = texts_of(model, tokenizer, arithmetic_problems(16, held_out=True), 4)
-    ids, predicts = join(rollout.prompts, rollout.tokens, rollout.lengths)
+    ids, predicts = join(rollout)
     flow = internal_entropies(model, ids, None, predicts)
     ln_v = math.log(model.config.vocab_size)
     out = flow["layer_out"].tolist()

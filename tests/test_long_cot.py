@@ -87,7 +87,7 @@ def encoded(n=7, seed=0):
 
 def labels_of(rollout):
     """Prompt out, stop token in, shifted: labels[:, t] is what position t must predict."""
-    ids, predicts = join(rollout.prompts, rollout.tokens, rollout.lengths)
+    ids, predicts = join(rollout)
     return ids, torch.where(predicts, ids.roll(-1, 1), -100)
 
 

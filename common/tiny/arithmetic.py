@@ -1,10 +1,13 @@
 """The embedded task: two- and three-step whole-number arithmetic, "Compute 17+4*6-9." -> "32".
 
-Problems are made from a seed; nothing is stored. A hash of a problem's text decides whether it is
-for training or for evaluation, so the two never overlap. The embedded model was trained on the
-training part alone.
+    python -m common.tiny.arithmetic         # writes train.jsonl and test.jsonl beside this file
+
+A hash of a problem's text decides whether it is for training or for evaluation, so the two never
+overlap. The embedded model was trained on problems of the training part alone.
 """
 import hashlib
+import json
+import pathlib
 import random
 
 LARGEST = 150  # no number in a solution is larger, none is negative
@@ -62,3 +65,17 @@ def arithmetic_problems(count: int, held_out: bool, seed: int = 0) -> list[dict]
         problem, numbers, operators = make_problem(rng, held_out)
         answers[problem] = str(solve(numbers, operators)[-1])
     return [{"problem": text, "answer": answer} for text, answer in answers.items()]
+
+
+def main():
+    for name, count, held_out in (("train", 2048, False), ("test", 1024, True)):
+        rows = arithmetic_problems(count, held_out)
+        order = list(range(count))
+        random.Random("order 0").shuffle(order)  # as load_problems does, which undoes this
+        placed = sorted(zip(order, rows, strict=True), key=lambda pair: pair[0])
+        text = "".join(json.dumps(row) + "\n" for _, row in placed)
+        pathlib.Path(__file__).with_name(f"{name}.jsonl").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
