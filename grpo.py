@@ -44,7 +44,10 @@ def reward(text: str, row: dict) -> float:
 
 
 def minus_group_mean(rewards):
-    """Exactly 0 where a group's rewards are all equal: no rounding is left. (P, G) -> (P, G)."""
+    """Reward - group mean, exactly 0 where a group's rewards are all equal. (P, G) -> (P, G).
+
+    By itself Dr. GRPO's advantage (arXiv 2503.20783), with --aggregation constant.
+    """
     varied = (rewards != rewards[:, :1]).any(1, keepdim=True)           # (P, 1)
     return (rewards - rewards.mean(1, keepdim=True)) * varied
 
@@ -58,11 +61,6 @@ def rloo_advantages(rewards):
     """RLOO (arXiv 2402.14740): reward - mean of the other answers' rewards. (P, G) -> (P, G)."""
     G = rewards.shape[1]
     return minus_group_mean(rewards) * G / (G - 1)
-
-
-def dr_grpo_advantages(rewards):
-    """Dr. GRPO (arXiv 2503.20783): no std; goes with --aggregation constant. (P, G) -> (P, G)."""
-    return minus_group_mean(rewards)
 
 
 def reinforce_pp_advantages(rewards, lengths):
@@ -174,7 +172,7 @@ def main(argv=None):
         elif args.advantage == "rloo":
             advantages = rloo_advantages(rewards)
         elif args.advantage == "dr_grpo":
-            advantages = dr_grpo_advantages(rewards)
+            advantages = minus_group_mean(rewards)
         else:
             advantages = group_advantages(rewards)
         advantages = advantages.flatten()                                              # (B,)

@@ -46,7 +46,7 @@ def reward(text: str, row: dict) -> float:
 
 
 def minus_group_mean(rewards):
-    """Exactly 0 where a group's rewards are all equal: no rounding is left. (P, G) -> (P, G)."""
+    """Reward - group mean, exactly 0 where a group's rewards are all equal. (P, G) -> (P, G)."""
     varied = (rewards != rewards[:, :1]).any(1, keepdim=True)           # (P, 1)
     return (rewards - rewards.mean(1, keepdim=True)) * varied
 

@@ -20,6 +20,7 @@ Deviations from the paper, and why:
 Axes: B traces, T answer tokens, V vocabulary; b a micro-batch's share of B.
 """
 import gc
+import json
 import math
 import re
 import time
@@ -328,7 +329,7 @@ def main(argv=None):
     result = run.finish()
     if result is not None:
         count_reflections(run, "after", result)
-        run.write_summary()
+        run.write("summary.json", json.dumps(run.summary, indent=1))
 
 
 if __name__ == "__main__":

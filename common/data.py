@@ -23,7 +23,8 @@ ANSWER_COLUMNS = ("answer", "final_answer", "reward_model", "ground_truth", "exp
 def read_rows(name, split, flag="--data"):
     """A local file's or a hub dataset's rows as they are: a list or a Dataset of dicts.
 
-    name: arithmetic, a file, or owner/set[:config[:split]]. Raises BadInput, which names the flag.
+    name: arithmetic, a .json, .jsonl or .parquet file, or owner/set[:config[:split]]. Raises
+    BadInput, which names the flag.
     """
     path = TINY / f"{split}.jsonl" if name == "arithmetic" else pathlib.Path(name)
     kind = path.suffix.lower()
@@ -35,9 +36,6 @@ def read_rows(name, split, flag="--data"):
             from pyarrow import parquet
             with path.open("rb") as file:
                 rows = Dataset(parquet.read_table(file))
-        elif path.exists() or name.count("/") != 1:
-            raise ValueError("give arithmetic, a .jsonl, .json or .parquet file, or a hub id such "
-                             "as openai/gsm8k:main")
         else:
             from datasets import load_dataset
             hub_id, config, own_split = (name.split(":") + ["", ""])[:3]
@@ -137,9 +135,9 @@ def load_problems(name, split="train", seed=0, count=None, flag="--data"):
             dropped += 1
         else:
             kept.setdefault(str(problem), {**row, "problem": problem, "answer": answer})
-    print(f"{flag} {name}: {len(rows)} rows, problem from {problem_column!r}, answer from "
-          f"{answer_column!r}; {dropped} dropped (no problem, no gold that can be compared, or "
-          f"multiple choice), {len(rows) - dropped - len(kept)} repeated")
+    print(f"{flag} {name}: {len(rows)} rows, {dropped} dropped (no problem, no gold that can be "
+          f"compared, or multiple choice), {len(rows) - dropped - len(kept)} repeated; problem from "
+          f"{problem_column!r}, answer from {answer_column!r}")
     if not kept:
         raise BadInput(f"{flag} {name}: no row has both a problem and a usable answer")
     kept = list(kept.values())

@@ -127,7 +127,7 @@ def load_reward(place):
     path, _, name = place.rpartition(":")
     try:
         return runpy.run_path(path)[name]
-    except (OSError, KeyError) as error:
+    except (OSError, ImportError, KeyError) as error:
         raise BadInput(f"--reward {place}: give a file and a function in it, my_rewards.py:mine "
                        f"({type(error).__name__}: {error})") from error
 

@@ -213,7 +213,7 @@ class Run:
         row["skipped"] = sum(not math.isfinite(norm) for norm in grad_norms)
         every = self.args.eval_every
         if every and done % every == 0 and done < self.args.steps and self.held_out:
-            row["avg_at_k"] = self.evaluate()["avg_at_k"]
+            row["avg_at_k"] = self.measure(f"step {done}")["avg_at_k"]
         self.rows.append(row)
         self.write("metrics.jsonl", json_lines(self.rows))
         if rollout is not None:
@@ -247,15 +247,15 @@ class Run:
                 self.warned.add(note)
                 tqdm.write(f"note: step {row['step']}: {note}")
 
-    def evaluate(self):
-        """On the held-out problems, with the same random numbers each time."""
-        return evaluate(self.model, self.tokenizer, self.held_out, self.reward, EVAL_K,
-                        self.args.max_new_tokens, seed=10_000, system=self.args.system)
-
     def measure(self, when):
-        """Evaluates, prints the line, keeps it in the summary as <name>_<when>."""
-        result = self.evaluate()
-        print(f"{when + ':':7} {describe(result)}", flush=True)
+        """Evaluates on the held-out problems, with the same random numbers each time, prints the
+        line and keeps it in the summary as <name>_<when> -> what evaluate() gives."""
+        result = evaluate(
+            self.model, self.tokenizer, self.held_out, self.reward, EVAL_K,
+            self.args.max_new_tokens,
+            seed=10_000,
+            system=self.args.system)
+        tqdm.write(f"{when + ':':7} {describe(result)}")
         self.summary["k"] = EVAL_K
         for name in ("avg_at_k", "standard_error", "pass_at", "length", "by_problem"):
             self.summary[f"{name}_{when}"] = result[name]
@@ -272,8 +272,10 @@ class Run:
         if rank() > 0:
             return
         temporary = self.folder / "checkpoint.tmp"
-        with temporary.open("wb") as file:
-            torch.save((self.summary, self.rows, self.answers, tensors), file)
+        try:
+            torch.save((self.summary, self.rows, self.answers, tensors), temporary)
+        except RuntimeError as error:  # what torch raises where the disk is full
+            raise OSError(f"{temporary} cannot be written: is the disk full?") from error
         temporary.replace(self.folder / "checkpoint.pt")
         self.started = time.perf_counter()  # writing is no part of the next step
 
@@ -288,14 +290,11 @@ class Run:
             before, after = self.summary["by_problem_before"], self.summary["by_problem_after"]
             gain, error = mean_and_error([b - a for a, b in zip(before, after, strict=True)])
             print(f"change: {gain:+.3f} ± {error:.3f}, paired by problem")
-        self.write_summary()
+        self.write("summary.json", json.dumps(self.summary, indent=1))
         self.write("model/README.md", model_card(self))
         print(f"model: {self.folder}/model; to look: python -m analysis.rollouts {self.folder}, "
               f"python -m analysis.plot {self.folder}")
         return result
-
-    def write_summary(self):
-        self.write("summary.json", json.dumps(self.summary, indent=1))
 
 
 def mean(tensor):

@@ -44,16 +44,14 @@ class Rollout:
         """The rows with these numbers (b,). T stays, so they line up with the whole rollout."""
         chosen = {}
         for name, value in vars(self).items():
-            if torch.is_tensor(value):
-                chosen[name] = value[rows]
-            else:
-                chosen[name] = [value[i] for i in rows.tolist()]
+            is_list = isinstance(value, list)
+            chosen[name] = [value[i] for i in rows] if is_list else value[rows]
         return Rollout(**chosen)
 
 
 def sample(model, tokenizer, prompts, n, max_new_tokens, temperature=1.0, top_p=1.0, seed=0,
            alone=False):
-    """n answers of at most max_new_tokens tokens to each prompt, a list of token ids.
+    """n answers of at most max_new_tokens tokens to each prompt, a list of token ids -> Rollout.
 
     temperature 0 is greedy. top_p < 1 changes what is drawn, while logp and entropy stay the
     model's: for evaluation, biased in a policy gradient. On several ranks `prompts` are this rank's
@@ -61,6 +59,7 @@ def sample(model, tokenizer, prompts, n, max_new_tokens, temperature=1.0, top_p=
     itself.
     """
     lm = causal_lm(model)
+    device = lm.device
     was_training = model.training
     model.eval()
 
@@ -69,35 +68,37 @@ def sample(model, tokenizer, prompts, n, max_new_tokens, temperature=1.0, top_p=
     shape = (len(prompts) * ranks, n, max_new_tokens)
     generator = torch.Generator().manual_seed(seed)
     noise = torch.rand(shape, dtype=torch.float64, generator=generator)
-    noise = noise[first::ranks].flatten(0, 1)                                     # (B, T)
-    owner = torch.arange(len(prompts)).repeat_interleave(n)                       # (B,)
+    noise = noise[first::ranks].flatten(0, 1)                            # (B, T)
+    if device.type == "mps":  # which has no float64
+        noise = noise.float().clamp(max=1 - 2**-24)
+    noise = noise.to(device)
 
     # As many rows at once as fit in memory.
+    zeros = torch.zeros(noise.shape, device=device)                      # (B, T)
+    rollout = Rollout(
+        prompts=[prompt for prompt in prompts for _ in range(n)],
+        tokens=zeros.long(),
+        lengths=zeros[:, 0].long(),
+        logp=zeros,
+        entropy=zeros.clone(),
+        finished=zeros[:, 0].bool(),
+        texts=[])
+    stop = torch.tensor(stop_ids(lm, tokenizer), device=device)
     longest = max(map(len, prompts)) + max_new_tokens
-    stop = torch.tensor(stop_ids(lm, tokenizer), device=lm.device)
-    pieces = []
+    rows = torch.arange(len(noise), device=device)                       # (B,)
     with gathered(lm), autocast(model):
-        for rows in torch.arange(len(owner)).split(rows_at_once(model, longest)):
-            whose, place = owner[rows].unique(return_inverse=True)  # prompts that have a row here
-            asked = [prompts[i] for i in whose]
-            piece = decode(
-                lm, asked, place, noise[rows],
-                stop, temperature, top_p)
-            pieces.append(piece)
+        for part in rows.split(rows_at_once(model, longest)):
+            decode(lm, rollout, part, n, noise, stop, temperature, top_p)
     model.train(was_training)
 
-    tokens, logp, entropy, lengths, finished = map(torch.cat, zip(*pieces, strict=True))
-    T = int(lengths.max())
-    pairs = zip(tokens.tolist(), lengths.tolist(), strict=True)
+    T = int(rollout.lengths.max())
+    rollout.tokens = rollout.tokens[:, :T]
+    rollout.logp = rollout.logp[:, :T]
+    rollout.entropy = rollout.entropy[:, :T]
+    pairs = zip(rollout.tokens.tolist(), rollout.lengths.tolist(), strict=True)
     answers = [row[:length] for row, length in pairs]
-    return Rollout(
-        prompts=[prompts[i] for i in owner],
-        tokens=tokens[:, :T],
-        lengths=lengths,
-        logp=logp[:, :T],
-        entropy=entropy[:, :T],
-        finished=finished,
-        texts=tokenizer.batch_decode(answers, skip_special_tokens=True))
+    rollout.texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return rollout
 
 
 class Cache(DynamicCache):
@@ -109,23 +110,16 @@ class Cache(DynamicCache):
 
 
 @torch.no_grad()
-def decode(lm, prompts, owner, noise, stop, temperature, top_p):
-    """One answer for each of owner (B,), the numbers of their prompts; noise (B, T) in [0, 1).
+def decode(lm, rollout, running, n, noise, stop, temperature, top_p):
+    """Fills in the rows `running` (R,) of a rollout of n answers per prompt, until all have
+    stopped; noise (B, T) in [0, 1), stop: token ids.
 
-    -> tokens (B, T), logp (B, T), entropy (B, T), lengths (B,), finished (B,). Without
-    inference_mode, in which autocast would cast the weights anew for each token.
+    Without inference_mode, in which autocast would cast the weights anew for each token.
     """
-    device = lm.device
-    B, max_new_tokens = noise.shape
-    if device.type == "mps":  # which has no float64
-        noise = noise.float().clamp(max=1 - 2**-24)
-    noise = noise.to(device)
-    owner = owner.to(device)
-
     # 1. Read each prompt once, padded on the left, and copy its cache to its answers.
-    rows = [torch.tensor(prompt, device=device) for prompt in prompts]
+    asked, owner = (running // n).unique(return_inverse=True)            # (P,), (R,)
     ids = pad_sequence(
-        rows,
+        [asked.new_tensor(rollout.prompts[i * n]) for i in asked],
         batch_first=True,
         padding_value=-1,
         padding_side="left")                                             # (P, S)
@@ -139,48 +133,41 @@ def decode(lm, prompts, owner, noise, stop, temperature, top_p):
         cache,
         use_cache=True,
         logits_to_keep=1)
-    logits = output.logits[owner, -1]                                    # (B, V)
+    logits = output.logits[owner, -1]                                    # (R, V)
     cache.batch_select_indices(owner)
-    visible = visible[owner]                                             # (B, S)
+    visible = visible[owner]                                             # (R, S)
 
-    # 2. Draw a token for every answer until all of them have stopped.
-    logp = torch.zeros(B, max_new_tokens, device=device)                 # (B, T)
-    entropy = torch.zeros_like(logp)                                     # (B, T)
-    tokens = torch.zeros_like(logp, dtype=torch.long)                    # (B, T)
-    running = torch.arange(B, device=device)                             # (R,)
-    lengths = torch.zeros_like(running)                                  # (B,)
-    for t in tqdm(range(max_new_tokens), "sampling", delay=5, leave=False, disable=rank() > 0):
+    # 2. Draw a token for every answer until all of them have stopped, or are cut off.
+    T = noise.shape[1]
+    for t in tqdm(range(T), "sampling", delay=5, leave=False, disable=rank() > 0):
         full = (logits.float() / (temperature or 1.0)).log_softmax(-1)   # (R, V)
         probs = full.exp()                                               # (R, V)
-        entropy[running, t] = -(probs * full).sum(-1)
+        rollout.entropy[running, t] = -(probs * full).sum(-1)
         if top_p < 1:
             probs = TopPLogitsWarper(top_p)(None, full).exp()            # (R, V)
         if temperature == 0:
             token = full.argmax(-1)                                      # (R,)
         else:
             token = pick(probs, noise[running, t])                       # (R,)
-        tokens[running, t] = token
-        logp[running, t] = full.gather(1, token[:, None])[:, 0]
-        lengths[running] = t + 1
+        rollout.tokens[running, t] = token
+        rollout.logp[running, t] = full.gather(1, token[:, None])[:, 0]
+        rollout.lengths[running] = t + 1
 
-        # Answers that have stopped leave the batch.
-        going_on = ~torch.isin(token, stop)                              # (R,)
-        if not going_on.all():
+        # 3. Answers that have stopped leave the batch.
+        stopped = torch.isin(token, stop)                                # (R,)
+        rollout.finished[running] = stopped
+        if stopped.any():
+            going_on = (~stopped).nonzero()[:, 0]
             running = running[going_on]
             token = token[going_on]
             visible = visible[going_on]
-            cache.batch_select_indices(going_on.nonzero()[:, 0])
-        if len(running) == 0 or t + 1 == max_new_tokens:
+            cache.batch_select_indices(going_on)
+        if len(running) == 0 or t + 1 == T:
             break
         visible = F.pad(visible, (0, 1), value=1)                        # (R, S)
         position = visible.sum(1, keepdim=True) - 1                      # (R, 1)
         output = lm(token[:, None], visible, position, cache, use_cache=True)
         logits = output.logits[:, -1]                                    # (R, V)
-
-    # 3. What is still running has been cut off.
-    finished = lengths > 0                                               # (B,), True
-    finished[running] = False
-    return tokens, logp, entropy, lengths, finished
 
 
 def pick(probs, noise):
@@ -204,13 +191,13 @@ def join(rollout):
     if not rollout.prompts:
         nothing = rollout.tokens.new_zeros(1, 1)
         return nothing, nothing.bool()
-    rows = []
+    ids = []
+    predicts = []
     answers = zip(rollout.prompts, rollout.tokens, rollout.lengths, strict=True)
     for prompt, answer, length in answers:
-        rows.append(torch.cat([answer.new_tensor(prompt), answer[:length]]))
-    ids = pad_sequence(rows, batch_first=True)                           # (B, S)
-    following = torch.arange(ids.shape[1], device=ids.device) + 1        # (S,), the next place
-    start = rollout.lengths.new_tensor([len(prompt) for prompt in rollout.prompts])
-    start = start[:, None]                                               # (B, 1)
-    end = start + rollout.lengths[:, None]                               # (B, 1)
-    return ids, (start <= following) & (following < end)
+        row = torch.cat([answer.new_tensor(prompt), answer[:length]])
+        next_is_answer = torch.zeros_like(row).bool()
+        next_is_answer[len(prompt) - 1:-1] = True
+        ids.append(row)
+        predicts.append(next_is_answer)
+    return pad_sequence(ids, batch_first=True), pad_sequence(predicts, batch_first=True)

@@ -107,8 +107,8 @@ def test_other_line_ends_are_text(tmp_path):
      "no column is named problem or question or prompt or query; the data has text, label"),
     ("answer.jsonl", b'{"problem": "a", "label": "b"}', "no column is named answer or "),
     ("gold.jsonl", b'{"problem": "a", "answer": ""}', "usable answer"),
-    ("nonsense", None, "hub id"),
-    ("rows.csv", b"problem,answer\n", "hub id"),
+    ("nonsense", None, "nonsense"),
+    ("rows.csv", b"problem,answer\n", "rows.csv"),
 ])
 def test_bad_data(name, content, message, tmp_path):
     path = tmp_path / name
@@ -261,9 +261,12 @@ def test_arithmetic_halves_are_disjoint():
 
 
 def test_arithmetic_is_a_name_of_data():
-    rows = load_problems("arithmetic", held_out=True, seed=3, count=5)
-    assert rows == arithmetic_problems(5, True, 3)
-    assert len(load_problems("arithmetic")) == 2048
+    """Files beside the embedded model; with seed 0 their rows come in the order they were made."""
+    assert load_problems("arithmetic") == arithmetic_problems(2048, False)
+    assert load_problems("arithmetic", "test", count=5) == arithmetic_problems(5, True)
+    other = load_problems("arithmetic", "test", seed=3)
+    assert sorted(map(str, other)) == sorted(map(str, arithmetic_problems(1024, True)))
+    assert other != arithmetic_problems(1024, True)
 
 
 def test_evaluation_problems_are_set_aside(tmp_path):

@@ -246,7 +246,7 @@ def test_logits_of_several_models(tmp_path, capsys, model_folder):
 @pytest.mark.parametrize("flags, message", [
     ("--shots 3", "divisible"),
     ("--max-new-tokens 500 --problem Compute_1+1.", "every prompt is longer"),
-    ("--loss-temperature 0", "above 0")])
+    ("--loss-temperature 0", "at least 0.01")])
 def test_bad_input(flags, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         entropy_min.main([*flags.split(), "--output", str(tmp_path / "run")])

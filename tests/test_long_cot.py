@@ -292,7 +292,7 @@ def test_benchmarks_by_their_columns(name, tmp_path):
     row, asked, gold, right, wrong = BENCHMARKS[name]
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps(row))
-    [loaded] = load_problems(str(path), held_out=True)
+    [loaded] = load_problems(str(path))
     assert loaded["answer"] == gold and asked in loaded["problem"]
     assert all(reward(f"So \\boxed{{{answer}}}.", loaded) == 1 for answer in right)
     assert not any(reward(f"\\boxed{{{answer}}}", loaded) for answer in wrong)

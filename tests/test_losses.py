@@ -169,7 +169,7 @@ def test_group_advantages(module):
 def test_rloo_and_dr_grpo_advantages():
     """Rewards 1,0,0,0. RLOO: 1 - 0 = 1, and 0 - 1/3 for the others. Dr. GRPO: 1 - 1/4 and -1/4."""
     rewards = torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 1]])
-    rloo, dr_grpo = grpo.rloo_advantages(rewards), grpo.dr_grpo_advantages(rewards)
+    rloo, dr_grpo = grpo.rloo_advantages(rewards), grpo.minus_group_mean(rewards)
     assert rloo[0].tolist() == pytest.approx([1, -1 / 3, -1 / 3, -1 / 3])
     assert dr_grpo[0].tolist() == pytest.approx([0.75, -0.25, -0.25, -0.25])
     assert (rloo[1] == 0).all() and (dr_grpo[1] == 0).all()
@@ -260,7 +260,7 @@ def test_bupo_restates_the_loss_of_grpo(kwargs):
 @pytest.mark.parametrize("value", [0.1, 0.7, -9.3, 1000.3])
 @pytest.mark.parametrize("advantages", [
     grpo.group_advantages, bupo.group_advantages, kl3_grpo.group_advantages,
-    grpo.rloo_advantages, grpo.dr_grpo_advantages])
+    grpo.rloo_advantages, grpo.minus_group_mean])
 @pytest.mark.parametrize("G", [2, 7, 16])
 def test_a_group_of_equal_rewards_gets_exactly_0(advantages, value, G):
     """The mean of sixteen times 0.7 is not 0.7 in float32: rounding must not be trained on."""

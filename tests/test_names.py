@@ -11,7 +11,7 @@ from common.sampling import Rollout
 NAMES = {
     "grpo": [
         "group_advantages(rewards, eps=1e-06)", "rloo_advantages(rewards)",
-        "dr_grpo_advantages(rewards)", "reinforce_pp_advantages(rewards, lengths)",
+        "minus_group_mean(rewards)", "reinforce_pp_advantages(rewards, lengths)",
         "grpo_loss(logp, old_logp, advantages, mask, clip_low=0.2, clip_high=0.2, dual_clip=None, "
         "denominator=None)",
         "kl_loss(logp, ref_logp, old_logp, mask, denominator)",
@@ -53,7 +53,7 @@ NAMES = {
         "extract_answer(text)", "equivalent(answer, gold)", "verify(text, gold)",
         "reward(text, gold)", "parses(gold)"],
     "common.data": [
-        "load_problems(name, split='train', held_out=False, seed=0, count=None, flag='--data')",
+        "load_problems(name, split='train', seed=0, count=None, flag='--data')",
         "encode_prompt(tokenizer, problem, system='')"],
     "common.evaluate": [
         "pass_at_k(n, c, k)",

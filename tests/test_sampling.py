@@ -12,7 +12,7 @@ import grpo
 from common import sampling
 from common.logprobs import largest_gap, response_logprobs
 from common.models import rows_at_once, stop_ids
-from common.sampling import decode, join, pick, sample
+from common.sampling import Rollout, decode, join, pick, sample
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [14]]  # the sampler pads them on the left
 KINDS = pytest.mark.parametrize("kind", ["qwen3", "qwen2", "llama"])
@@ -328,11 +328,13 @@ class Fixed(torch.nn.Module):
 
 def drawn(logits, prompt, noise, temperature, top_p=1.0):
     """The tokens and log-probs that `decode` gives one answer, stop token 3."""
-    tokens, logp, _, lengths, _ = decode(
-        Fixed(logits), [prompt], torch.tensor([0]), torch.tensor([noise], dtype=torch.float64),
-        torch.tensor([3]), temperature, top_p)
-    k = int(lengths)
-    return tokens[0, :k].tolist(), logp[0, :k].tolist()
+    zeros = torch.zeros(1, len(noise))
+    rollout = Rollout([prompt], zeros.long(), zeros[:, 0].long(), zeros, zeros.clone(),
+                      zeros[:, 0].bool(), [])
+    decode(Fixed(logits), rollout, torch.tensor([0]), 1,
+           torch.tensor([noise], dtype=torch.float64), torch.tensor([3]), temperature, top_p)
+    k = int(rollout.lengths)
+    return rollout.tokens[0, :k].tolist(), rollout.logp[0, :k].tolist()
 
 
 def test_temperature_by_hand():
@@ -395,11 +397,12 @@ def test_a_training_model_is_sampled_as_it_is_evaluated(tokenizer):
 def test_join():
     """Prompt 5 6, answer 7 8: ids 5 6 7 8; the states at 6 and 7 predict the answer's tokens. No
     row becomes one of a single token that predicts nothing."""
-    ids, predicts = join([[5, 6], [9]], torch.tensor([[7, 8], [4, 0]]), torch.tensor([2, 1]))
+    tokens, lengths = torch.tensor([[7, 8], [4, 0]]), torch.tensor([2, 1])
+    ids, predicts = join(Rollout([[5, 6], [9]], tokens, lengths, *[None] * 4))
     assert ids.tolist() == [[5, 6, 7, 8], [9, 4, 0, 0]]
     assert predicts.int().tolist() == [[0, 1, 1, 0], [1, 0, 0, 0]]
     nothing = torch.zeros(0, dtype=torch.long)
-    ids, predicts = join([], nothing.view(0, 7), nothing)
+    ids, predicts = join(Rollout([], nothing.view(0, 7), nothing, *[None] * 4))
     assert ids.shape == predicts.shape == (1, 1) and not predicts.any()
 
 
