@@ -44,7 +44,6 @@ from common.internal_policy import (
     internal_entropies,
 )
 from common.logprobs import largest_gap, micro_batches, old_logprobs, response_logprobs
-from common.models import causal_lm
 from common.run import Run
 from common.sampling import join, sample
 from common.verify import verify
@@ -120,8 +119,7 @@ def choose_layer(run):
     from, measured on 64 answers of the model; where no FFN explores, the paper's choice for the
     family. BadInput outside 1..L."""
     args = run.args
-    lm = causal_lm(run.model)
-    L = lm.config.num_hidden_layers
+    L = run.model.config.num_hidden_layers
     if args.layer != "auto":
         if not (args.layer.isdecimal() and 1 <= int(args.layer) <= L):
             raise BadInput(f"--layer {args.layer}: auto, or a block, 1 (the lowest) to {L}")
@@ -139,7 +137,7 @@ def choose_layer(run):
         layer = min(boundary_layer(change), L - 1)
         why = "exploration ends"
     except ValueError:  # no FFN raises the entropy
-        layer = paper_layer(lm.config)
+        layer = paper_layer(run.model.config)
         why = "no FFN explores: the paper's choice for the family"
     print("block   entropy of its policy   change by its FFN   (nats)")
     for block in range(1, L + 1):

@@ -36,7 +36,7 @@ from common.distributed import size, total
 from common.evaluate import evaluate
 from common.flags import BadInput, Shared, exit_on_bad_input, flag, parse_args
 from common.logprobs import micro_batches, states_before_answers, token_logprobs
-from common.models import autocast, causal_lm
+from common.models import autocast
 from common.run import Run
 from common.sampling import sample
 from common.verify import verify
@@ -92,7 +92,7 @@ def choose_problems(run):
     count = min(max(args.select, args.shots), len(run.train))  # each problem once
     rows = batch_of(run.train, 0, count, args.seed)
     if args.problem:
-        longest = causal_lm(run.model).config.max_position_embeddings - args.max_new_tokens
+        longest = run.model.config.max_position_embeddings - args.max_new_tokens
         rows = [{"problem": args.problem}]
         rows = drop_long_prompts(run.tokenizer, rows, args.system, longest)
     if len(rows) > args.shots:
@@ -150,7 +150,7 @@ def main(argv=None):
             inside = batch.mask.bool()                                                 # (b, T)
             with autocast(model):
                 hidden = states_before_answers(model, batch)                           # (N, D)
-                weight = causal_lm(model).lm_head.weight                               # (V, D)
+                weight = model.lm_head.weight                               # (V, D)
                 tokens = batch.tokens[inside]                                          # (N,)
                 _, entropy = token_logprobs(
                     hidden, weight, tokens, args.loss_temperature)                     # (N,), H_t

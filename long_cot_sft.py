@@ -40,7 +40,6 @@ from common.flags import BOXED, BadInput, Shared, exit_on_bad_input, flag, parse
 from common.logprobs import check_model, micro_batches, response_logprobs
 from common.models import (
     SMALL,
-    causal_lm,
     end_of_turn,
     load_config,
     load_model,
@@ -259,8 +258,7 @@ def main(argv=None):
     args.teacher_temperature = args.teacher_temperature or TEMPERATURE[args.teacher_style]
     run = Run("long_cot_sft", args, reward)
     model = run.model
-    lm = causal_lm(model)
-    stops = use_stop_token(run.tokenizer, lm)
+    stops = use_stop_token(run.tokenizer, model)
 
     # 1. Traces, of a file or of the teacher, whose memory goes before training.
     if args.traces:
@@ -268,11 +266,11 @@ def main(argv=None):
     else:
         traces = sample_traces(run)
     gc.collect()
-    context = lm.config.max_position_embeddings
+    context = model.config.max_position_embeddings
     pairs = pairs_of(traces)
     rows = encode_traces(run.tokenizer, pairs, context, stops, args.system, run.held_out)
     largest = max(max(prompt + response) for prompt, response in rows)
-    if largest >= lm.get_input_embeddings().num_embeddings:
+    if largest >= model.get_input_embeddings().num_embeddings:
         raise BadInput(f"the traces have the token {largest}, which the model has not: the "
                        "tokenizer is another model's")
     if rows[0][0][-1] in stops:

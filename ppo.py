@@ -43,7 +43,7 @@ from common.logprobs import (
     response_logprobs,
     states_before_answers,
 )
-from common.models import adapters_off, autocast, causal_lm, load_model, reference_model
+from common.models import adapters_off, autocast, load_model, reference_model
 from common.run import Run
 from common.sampling import sample
 from common.verify import verify
@@ -186,24 +186,22 @@ def value_loss(values, old_values, returns, mask, clip=0.2, denominator=None):
 def build_critic(args, device):
     """--model once more, with a head V(s) = w . state + b + offset in place of the unembedding."""
     critic = load_model(args, split=False).train()
-    lm = causal_lm(critic)
-    lm.lm_head = nn.Linear(lm.config.hidden_size, 1)  # float32
-    nn.init.zeros_(lm.lm_head.weight)
-    nn.init.zeros_(lm.lm_head.bias)
-    lm.register_buffer("offset", torch.zeros(()))
+    critic.lm_head = nn.Linear(critic.config.hidden_size, 1)  # float32
+    nn.init.zeros_(critic.lm_head.weight)
+    nn.init.zeros_(critic.lm_head.bias)
+    critic.register_buffer("offset", torch.zeros(()))
     if size() > 1:
-        shard(lm.model, lm.model.layers, device, lm.compute_dtype)
-        shard(lm.lm_head, (), device, torch.float32)
+        shard(critic.model, critic.model.layers, device, critic.compute_dtype)
+        shard(critic.lm_head, (), device, torch.float32)
     return critic.to(device)
 
 
 def token_values(critic, rollout):
     """V of the state before each answer token, 0 outside the answers. -> (B, T), float32."""
-    lm = causal_lm(critic)
     with autocast(critic):
         states = states_before_answers(critic, rollout)                 # (N, D)
-    values = lm.lm_head(states.float())                                 # (N, 1)
-    values = values[:, 0] + lm.offset                                   # (N,)
+    values = critic.lm_head(states.float())                                 # (N, 1)
+    values = values[:, 0] + critic.offset                                   # (N,)
     inside = rollout.mask.bool()                                        # (B, T), N True
     zeros = torch.zeros_like(rollout.mask)                              # (B, T)
     return zeros.masked_scatter(inside, values)
@@ -252,7 +250,7 @@ def main(argv=None):
     # foreach=False: one weight after another, without temporary copies of all of them.
     optimizer = torch.optim.AdamW(weights, weight_decay=0.01, foreach=False)
 
-    for step in range(run.begin(optimizer, causal_lm(critic).offset), args.steps):
+    for step in range(run.begin(optimizer, critic.offset), args.steps):
         # 1. Sample a group of answers to each problem.
         problems = share(batch_of(run.train, step, args.prompts_per_step, args.seed))  # P rows
         prompts = run.encode(problems)
@@ -287,7 +285,7 @@ def main(argv=None):
         if step == 0:  # else the critic's first updates all go into this one number
             returns = discounted_returns(rewards, gammas, mask)                        # (B, T)
             mean, _ = mean_and_variance(returns, mask)
-            causal_lm(critic).offset.fill_(mean)
+            critic.offset.fill_(mean)
 
         # 4. What policy and critic say before the update. The KL (k1) to the initial model is a
         #    negative reward of each token, an equal part of it in each of the M rewards.

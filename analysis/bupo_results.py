@@ -28,7 +28,7 @@ from common.internal_policy import (
     internal_entropies,
 )
 from common.logprobs import response_logprobs
-from common.models import causal_lm, load_model, load_tokenizer
+from common.models import load_model, load_tokenizer
 from common.sampling import join, sample
 from common.tiny.train import scale_residual
 from common.verify import verify
@@ -95,7 +95,7 @@ def probe(run) -> dict:
 
 def slow_above(run, optimizer) -> None:
     """Plain GRPO with a tenth of the learning rate in the blocks above the boundary."""
-    above = causal_lm(run.model).model.layers[BOUNDARY:]
+    above = run.model.model.layers[BOUNDARY:]
     slow = list(above.parameters())
     ids = {id(weight) for weight in slow}
     group = optimizer.param_groups[0]
@@ -105,7 +105,7 @@ def slow_above(run, optimizer) -> None:
 
 def frozen_below(run, _optimizer) -> None:
     """Plain GRPO with the embedding and the blocks up to the boundary frozen."""
-    trunk = causal_lm(run.model).model
+    trunk = run.model.model
     trunk.embed_tokens.requires_grad_(False)
     for block in trunk.layers[:BOUNDARY]:
         block.requires_grad_(False)
@@ -140,7 +140,7 @@ SCALES = (1, 2, 4)  # of the stream: 1 as it was trained, 2 the embedded model
 def one_block(number: int, run, _optimizer) -> None:
     """Plain GRPO with everything but one block frozen."""
     run.model.requires_grad_(False)
-    causal_lm(run.model).model.layers[number - 1].requires_grad_(True)
+    run.model.model.layers[number - 1].requires_grad_(True)
 
 
 LAYERS = {"GRPO": AGAIN["GRPO"]}

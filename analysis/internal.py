@@ -33,7 +33,7 @@ from common.internal_policy import (
     entropy_changes,
     first_blocks,
 )
-from common.models import causal_lm, load_model, load_tokenizer
+from common.models import load_model, load_tokenizer
 from common.sampling import join, sample
 
 TOLERANCES = (0.01, 0.02, 0.05, 0.1, 0.2)
@@ -46,9 +46,8 @@ def layer_policy(model, layer: int):
     Answers are then drawn from softmax(H^layer E^T), with a cache for these blocks alone. Layer L
     is the model itself. ValueError outside 1..L.
     """
-    lm = causal_lm(model)
-    view = copy.copy(lm)
-    view._modules = {**lm._modules, "model": first_blocks(model, layer)}
+    view = copy.copy(model)
+    view._modules = {**model._modules, "model": first_blocks(model, layer)}
     return view
 
 
@@ -81,10 +80,9 @@ def internal_view(model, input_ids, attention_mask, mask, chunk: int | None = No
 
     `chunk` tokens meet the vocabulary at a time, default 2^24 logits. BadInput for other blocks.
     """
-    lm = causal_lm(model)
-    if not hasattr(lm.model, "norm"):
-        raise BadInput(f"{type(lm).__name__} is not supported: it has no model.norm")
-    V = len(lm.lm_head.weight)
+    if not hasattr(model.model, "norm"):
+        raise BadInput(f"{type(model).__name__} is not supported: it has no model.norm")
+    V = len(model.lm_head.weight)
     chunk = chunk or max(1, 2**24 // V)
     blocks = []
 
@@ -92,7 +90,7 @@ def internal_view(model, input_ids, attention_mask, mask, chunk: int | None = No
         attn, before = streams["attn_out"], streams["layer_in"]                 # (N, D) each
         means = {}
         for stream, x in streams.items():
-            for quantity, value in stream_means(lm, x, chunk).items():
+            for quantity, value in stream_means(model, x, chunk).items():
                 means[quantity, stream] = value
         means["cosine", "attn"] = mean_cosine(attn, before)
         means["cosine", "ffn"] = mean_cosine(streams["ffn_out"], before + attn)
@@ -256,10 +254,10 @@ def look_at(name: str, model, tokenizer, prompts: list[list[int]], args) -> dict
         for text in said.texts:
             print(f"   {text!r}")
     rollout = sample(model, tokenizer, prompts, 1, args.max_new_tokens, seed=args.seed, alone=True)
-    V, D = causal_lm(model).lm_head.weight.shape
+    V, D = model.lm_head.weight.shape
     total = int(rollout.lengths.sum())
     pooled = min(args.tokens or total, total)
-    L = causal_lm(model).config.num_hidden_layers
+    L = model.config.num_hidden_layers
     price = 12 * L * 2 * D * V * pooled / 1e12
     print(f"{len(prompts)} answers, {pooled} of their {total} tokens pooled: {price:.3g} TFLOP; "
           f"ln V {math.log(V):.3f} nats")
@@ -291,13 +289,14 @@ def main(argv=None):
     for name in names:  # everything is checked before anything is written
         tokenizer = load_tokenizer(name)
         model = load_model(args, trained=False, name=name)
-        L = causal_lm(model).config.num_hidden_layers
-        probe = torch.arange(2, device=causal_lm(model).device)[None]           # (1, 2)
+        check_model(model, tokenizer, [0, 1], trained=False)
+        L = model.config.num_hidden_layers
+        probe = torch.arange(2, device=model.device)[None]                      # (1, 2)
         internal_view(model, probe, None, torch.ones_like(probe))
         if args.sample_layer and args.sample_layer > L:
             raise BadInput(f"--sample-layer {args.sample_layer}: {name} has blocks 1 (lowest) to "
                            f"{L}")
-        longest = causal_lm(model).config.max_position_embeddings - args.max_new_tokens
+        longest = model.config.max_position_embeddings - args.max_new_tokens
         kept = drop_long_prompts(tokenizer, problems, args.system, longest)
         prompts = [encode_prompt(tokenizer, row["problem"], args.system) for row in kept]
         ready[name] = (model, tokenizer, prompts)

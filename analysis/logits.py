@@ -23,7 +23,7 @@ from common.data import drop_long_prompts, encode_prompt, load_problems, write_w
 from common.distributed import rank
 from common.flags import BadInput, exit_on_bad_input, flag, parse_args
 from common.logprobs import micro_batches, states_before_answers
-from common.models import autocast, causal_lm, load_model, load_tokenizer
+from common.models import autocast, load_model, load_tokenizer
 from common.sampling import sample
 
 EDGE, BINS = 60, 200  # of the histogram: from -60 to 60 in bins of 0.6
@@ -68,15 +68,14 @@ def logit_statistics(model, rollout, budget, temperature=0.6, top_k=50) -> dict[
     top_k: the k largest over temperature, what a sampler keeps and the authors took. `budget`
     tokens, prompt and answer, in one forward pass.
     """
-    lm = causal_lm(model)
-    V = lm.config.vocab_size
+    V = model.config.vocab_size
     raw, largest = Moments(), Moments()
     rows = torch.arange(len(rollout.mask), device=rollout.mask.device)          # (B,)
     for part in micro_batches(rollout, rows, budget):
         with autocast(model):
             hidden = states_before_answers(model, rollout[part])                # (N, D)
             for states in hidden.split(max(1, 2**24 // V)):                     # (n, D)
-                logits = lm.lm_head(states).float()                             # (n, V)
+                logits = model.lm_head(states).float()                             # (n, V)
                 raw.add(logits)
                 largest.add(logits.topk(min(top_k, V)).values / temperature)    # (n, k)
     return {"raw": raw.found(), "top_k": largest.found()}
@@ -138,13 +137,13 @@ def main(argv=None):
     models, sizes = {}, {}
     for name in names:
         models[name] = load_model(args, trained=False, name=name)
-        sizes[name] = causal_lm(models[name]).config.vocab_size
+        sizes[name] = models[name].config.vocab_size
     if len(set(sizes.values())) > 1:
         raise BadInput(f"--model: the same answers need the same vocabulary, these have {sizes}")
 
     # 1. One answer of the first model to each problem.
     first, tokenizer = models[names[0]], load_tokenizer(names[0])
-    longest = causal_lm(first).config.max_position_embeddings - args.max_new_tokens
+    longest = first.config.max_position_embeddings - args.max_new_tokens
     rows = load_problems(args.data, "test", args.seed, args.problems)
     rows = drop_long_prompts(tokenizer, rows, args.system, longest)
     prompts = [encode_prompt(tokenizer, row["problem"], args.system) for row in rows]

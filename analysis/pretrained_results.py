@@ -21,7 +21,7 @@ from common.data import batch_of, encode_prompt, load_problems, read_rows
 from common.evaluate import evaluate
 from common.flags import BOXED
 from common.internal_policy import block_streams, boundary_layer, entropy
-from common.models import autocast, causal_lm, load_model, load_tokenizer
+from common.models import autocast, load_model, load_tokenizer
 from common.sampling import join, sample
 from common.verify import extract_answer
 from entropy_min import accuracy_variance
@@ -70,17 +70,16 @@ def inside(name: str, problems: list[dict]) -> dict:
     order = torch.randperm(int(predicts.sum()), generator=seeded)
     predicts[predicts.clone()] = order < TOKENS
     model = frozen(name, "float32", "cpu")
-    lm = causal_lm(model)
-    final = lm.model(ids, use_cache=False).last_hidden_state[predicts]          # (N, D)
+    final = model.model(ids, use_cache=False).last_hidden_state[predicts]          # (N, D)
     size = final.pow(2).mean().sqrt()
     blocks = []
 
     def nats(x):
-        pieces = [entropy(lm.lm_head(piece)) for piece in x.split(64)]
+        pieces = [entropy(model.lm_head(piece)) for piece in x.split(64)]
         return torch.cat(pieces).mean().item()
 
     def repeats(x):
-        first = [lm.lm_head(piece).argmax(-1) for piece in x.split(64)]
+        first = [model.lm_head(piece).argmax(-1) for piece in x.split(64)]
         same = torch.cat(first) == ids[predicts]
         return same.float().mean().item()
 
@@ -90,7 +89,7 @@ def inside(name: str, problems: list[dict]) -> dict:
         read = nats(streams["ffn_in"])
         blocks.append({
             "policy": nats(H),
-            "normed": nats(lm.model.norm(H)),
+            "normed": nats(model.model.norm(H)),
             "one size": nats(H / rms * size),
             "change": nats(F) - read,
             "change x 4": nats(4 * F) - read,
@@ -107,7 +106,7 @@ def inside(name: str, problems: list[dict]) -> dict:
         "tokens": len(final),
         "answers": len(prompts),
         "final rms": size.item(),
-        "ln V": math.log(len(lm.lm_head.weight)),
+        "ln V": math.log(len(model.lm_head.weight)),
     }
 
 
@@ -139,12 +138,11 @@ def look(model, tokenizer, problems: list[dict], system: str, length: int) -> di
 def skewness(model, rollout) -> float:
     """Of all logits at a token, mean over answer tokens: m3 / m2^1.5."""
     ids, predicts = join(rollout)      # (B, S) each
-    lm = causal_lm(model)
     values = []
     with autocast(model):
         for row, inside in zip(ids, predicts, strict=True):
-            hidden = lm.model(row[None], use_cache=False).last_hidden_state[0, inside]  # (T, D)
-            logits = lm.lm_head(hidden).float()                                         # (T, V)
+            hidden = model.model(row[None], use_cache=False).last_hidden_state[0, inside]  # (T, D)
+            logits = model.lm_head(hidden).float()                                         # (T, V)
             centred = logits - logits.mean(-1, keepdim=True)
             values.append((centred**3).mean(-1) / centred.square().mean(-1) ** 1.5)     # (T,)
     return torch.cat(values).mean().item()

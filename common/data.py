@@ -136,8 +136,8 @@ def load_problems(name, split="train", seed=0, count=None, flag="--data"):
         else:
             kept.setdefault(str(problem), {**row, "problem": problem, "answer": answer})
     print(f"{flag} {name}: {len(rows)} rows, {dropped} dropped (no problem, no gold that can be "
-          f"compared, or multiple choice), {len(rows) - dropped - len(kept)} repeated; problem from "
-          f"{problem_column!r}, answer from {answer_column!r}")
+          f"compared, or multiple choice), {len(rows) - dropped - len(kept)} repeated; "
+          f"problem from {problem_column!r}, answer from {answer_column!r}")
     if not kept:
         raise BadInput(f"{flag} {name}: no row has both a problem and a usable answer")
     kept = list(kept.values())

@@ -19,7 +19,7 @@ from common.data import drop_long_prompts, encode_prompt, load_problems, write_w
 from common.distributed import everyone, rank, share, size
 from common.flags import BOXED, BadInput, exit_on_bad_input, flag, load_reward, parse_args
 from common.logprobs import check_model
-from common.models import causal_lm, load_model, load_tokenizer
+from common.models import load_model, load_tokenizer
 from common.sampling import sample
 from common.verify import verify
 
@@ -134,7 +134,7 @@ def main(argv=None):
     tokenizer = load_tokenizer(args.model)
     model = load_model(args, trained=False)
     rows = load_problems(args.data, "test", args.seed, args.problems)
-    context = causal_lm(model).config.max_position_embeddings
+    context = model.config.max_position_embeddings
     rows = drop_long_prompts(tokenizer, rows, args.system, context - args.max_new_tokens)
     first = encode_prompt(tokenizer, rows[0]["problem"], args.system)
     check_model(model, tokenizer, first, trained=False)

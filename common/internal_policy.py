@@ -12,7 +12,7 @@ from torch import nn
 
 from common.distributed import gather_rest, gathered
 from common.flags import BadInput
-from common.models import autocast, causal_lm
+from common.models import autocast
 
 
 def first_blocks(model, layer, final_norm=False):
@@ -21,7 +21,7 @@ def first_blocks(model, layer, final_norm=False):
     Its output is H^layer, or norm(H^layer) with final_norm, or the model's own for layer L. Blocks
     above it are not run and get no gradient. ValueError outside 1..L.
     """
-    trunk = causal_lm(model).model
+    trunk = model.model
     if not 1 <= layer <= len(trunk.layers):
         raise ValueError(f"layer {layer} is not one of the model's 1..{len(trunk.layers)}")
     if layer == len(trunk.layers):
@@ -41,13 +41,12 @@ def layer_logits(model, input_ids, attention_mask=None, layer=None,
 
     Builds the whole (B, T, V): for looking and for tests; training goes through logprobs.py.
     """
-    lm = causal_lm(model)
-    gather_rest(lm)
+    gather_rest(model)
     if layer is None:
-        layer = len(lm.model.layers)
+        layer = len(model.model.layers)
     trunk = first_blocks(model, layer, final_norm)
     states = trunk(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-    return lm.lm_head(states.last_hidden_state)
+    return model.lm_head(states.last_hidden_state)
 
 
 def entropy(logits):
@@ -66,7 +65,6 @@ def block_streams(model, input_ids, attention_mask, mask, visit):
         "attn_out", "ffn_out"     A^l and F^l, what they add to the stream (eqs. 11-13)
     BadInput for blocks that do not just add what attention and FFN put out.
     """
-    lm = causal_lm(model)
     keep = mask.bool()
     caught = {}
     handles = []
@@ -83,21 +81,21 @@ def block_streams(model, input_ids, attention_mask, mask, visit):
         added = caught["layer_in"] + caught["attn_out"] + caught["ffn_out"]
         error = (added - caught["layer_out"]).norm()
         if error > 0.01 * caught["layer_out"].norm():
-            raise BadInput(f"{type(lm).__name__}: its blocks do not just add what attention and "
+            raise BadInput(f"{type(model).__name__}: its blocks do not just add what attention and "
                            "FFN put out, so they have no such policies")
         visit(dict(caught))
 
-    for block in lm.model.layers:
+    for block in model.model.layers:
         for name, label in (("self_attn", "attn"), ("mlp", "ffn")):
             if not hasattr(block, name):
-                raise BadInput(f"{type(lm).__name__}: not every block has {name}")
+                raise BadInput(f"{type(model).__name__}: not every block has {name}")
             part = getattr(block, name)
             handles.append(part.register_forward_hook(catch(label), with_kwargs=True))
         handles.append(block.register_forward_hook(catch("layer"), with_kwargs=True))
         handles.append(block.register_forward_hook(leave))
     try:
-        with gathered(lm), autocast(model):
-            lm.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        with gathered(model), autocast(model):
+            model.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
@@ -109,7 +107,7 @@ def internal_entropies(model, input_ids, attention_mask, mask):
     Means over positions where mask (B, S) is 1 -> {"layer_in", "layer_out", "attn_in", "attn_out",
     "ffn_in", "ffn_out"}, (L,) each. One forward pass, 2^24 logits at a time.
     """
-    head = causal_lm(model).lm_head
+    head = model.lm_head
     chunk = max(1, (1 << 24) // head.weight.shape[0])
     blocks = []
 

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from common.distributed import everyone, gather_rest, gathered
 from common.flags import BadInput
-from common.models import autocast, causal_lm, compute_dtype
+from common.models import autocast, compute_dtype
 from common.sampling import join, sample
 
 
@@ -54,9 +54,8 @@ def states_before_answers(model, rollout, trunk=None):
 
     trunk: blocks to run instead of the model's own, such as its first few (BuPO).
     """
-    lm = causal_lm(model)
-    gather_rest(lm)
-    trunk = trunk or lm.model
+    gather_rest(model)
+    trunk = trunk or model.model
     ids, predicts = join(rollout)                                               # (B, S) each
     hidden = trunk(input_ids=ids, use_cache=False).last_hidden_state            # (B, S, D)
     return hidden[predicts]                                                     # (N, D)
@@ -70,7 +69,7 @@ def response_logprobs(model, rollout, temperature=1.0, trunk=None):
     inside = rollout.mask.bool()                                                # (B, T), N True
     with autocast(model):
         hidden = states_before_answers(model, rollout, trunk)                   # (N, D)
-        weight = causal_lm(model).lm_head.weight                                # (V, D)
+        weight = model.lm_head.weight                                # (V, D)
         targets = rollout.tokens[inside]                                        # (N,)
         logp, _ = token_logprobs(hidden, weight, targets, temperature)          # (N,)
     zeros = torch.zeros_like(rollout.mask)                                      # (B, T)
@@ -81,7 +80,7 @@ def response_logprobs(model, rollout, temperature=1.0, trunk=None):
 def old_logprobs(model, rollout, rows, budget, temperature=1.0, trunk=None):
     """response_logprobs without gradient, a micro-batch at a time -> (B, T), 0 but in `rows`."""
     logp = torch.zeros_like(rollout.mask)                                       # (B, T)
-    with gathered(causal_lm(model)):  # no backward pass follows that would split it again
+    with gathered(model):  # no backward pass follows that would split it again
         for part in micro_batches(rollout, rows, budget):
             batch = rollout[part]                                               # b answers
             logp[part] = response_logprobs(model, batch, temperature, trunk)    # (b, T)
@@ -117,18 +116,17 @@ def check_model(model, tokenizer, prompt, trained=True):
     """BadInput if the model cannot be sampled, or would be trained as another function.
 
     The sampler, which calls the model's own forward, says a few tokens behind a prompt (token ids)
-    and behind the end of it; the trainer, which does not, must have the same log-probs. The output may be
+    and behind its end; the trainer, which does not, must have the same log-probs. The output may be
     scaled, capped or biased, the cache of another kind, the tokenizer that of another model.
     """
-    lm = causal_lm(model)
-    name = type(lm).__name__
+    name = type(model).__name__
     try:
         rollout = sample(model, tokenizer, [prompt, prompt[-2:]], 1, 4, alone=True)
-        with gathered(lm):  # split again at its end, as an optimiser wants it
+        with gathered(model):  # split again at its end, as an optimiser wants it
             logp = response_logprobs(model, rollout)                            # (2, T)
     except Exception as error:  # each architecture fails in its own way
-        raise BadInput(f"{name} is not supported, or the tokenizer is another model's: "
-                       f"{error}") from error
+        raise BadInput(f"{name} is not supported (Qwen2, Qwen3, Llama, Mistral and their kin are), "
+                       f"or the tokenizer is another model's: {error}") from error
     gap = largest_gap(logp, rollout)
     allowed = 1e-3 if compute_dtype(model) == torch.float32 else 1.0
     if trained and not gap < allowed:  # NaN is refused, too

@@ -17,6 +17,7 @@ from common.distributed import shard, size
 from common.flags import BadInput
 
 logging.disable_progress_bar()  # loading and saving take moments
+warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # peft asks for it
 
 TINY = pathlib.Path(__file__).parent / "tiny"
 SMALL = 256  # hidden size up to which a model is of the embedded one's kind
@@ -94,36 +95,27 @@ def load_model(args, trained=True, name=None, split=True):
     if missing:
         raise BadInput(f"--model {name}: {len(missing)} weights are not in its files, {missing[0]} "
                        "for one")
-    lm = causal_lm(model)
-    no_dropout(lm)
+    no_dropout(model)
     model.generation_config.do_sample = True  # without it transformers saves no temperature
-    lm.compute_dtype = compute
+    model.compute_dtype = compute
+    model.adapters = []  # what peft wraps around a model with adapters; no part of the model
     model.requires_grad_(trained)
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         spare = min(torch.get_num_threads(), max(1, os.cpu_count() - 1))
-        small = lm.config.hidden_size <= SMALL
+        small = model.config.hidden_size <= SMALL
         torch.set_num_threads(1 if small else spare)  # all crawl where a program holds one core
     if trained and device.type != "cpu":
         model.activation_checkpointing_enable({"use_reentrant": False})
     if size() == 1:
         model.to(device)
     if adapters:
-        model = add_adapters(model, args.lora_rank)
+        model.adapters.append(add_adapters(model, args.lora_rank))
     if size() > 1 and split:
-        shard(lm, lm.model.layers, device, compute)
+        shard(model, model.model.layers, device, compute)
         with torch.no_grad():  # the first forward tells FSDP which part is the root
-            lm(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device))
-        lm.reshard()
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device))
+        model.reshard()
     return model.eval()
-
-
-def causal_lm(model):
-    """The transformers model, also when peft has wrapped it: has .model.layers and .lm_head."""
-    lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if not hasattr(lm, "lm_head") or not hasattr(getattr(lm, "model", None), "layers"):
-        raise BadInput(f"{type(lm).__name__} is not supported: it has no model.layers and lm_head "
-                       "(Qwen2, Qwen3, Llama, Mistral and their kin have)")
-    return lm
 
 
 def no_dropout(model):
@@ -137,24 +129,22 @@ def no_dropout(model):
 
 
 def add_adapters(model, rank):
-    """Low-rank adapters (peft) on all linear maps of the blocks; only they are trained."""
+    """Puts low-rank adapters (peft) on all linear maps of the blocks, in place; only they are
+    trained. -> the wrapper that can save them and switch them off."""
     from peft import LoraConfig, get_peft_model  # slow to import
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
-    with warnings.catch_warnings():  # peft asks for an attribute by its deprecated name
-        warnings.simplefilter("ignore", FutureWarning)
-        return get_peft_model(model, config)
+    return get_peft_model(model, config)
 
 
 def compute_dtype(model):
     """Of matrix products: what load_model has set; of other models the weights' own."""
-    lm = causal_lm(model)
-    return getattr(lm, "compute_dtype", lm.dtype)
+    return getattr(model, "compute_dtype", model.dtype)
 
 
 def autocast(model):
     """`with autocast(model):` matrix products are in the compute dtype."""
     dtype = compute_dtype(model)
-    return torch.autocast(causal_lm(model).device.type, dtype, enabled=dtype != torch.float32)
+    return torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32)
 
 
 def reference_model(args, model):
@@ -162,13 +152,13 @@ def reference_model(args, model):
 
     With adapters it is the model itself without them, and costs nothing.
     """
-    return model if hasattr(model, "disable_adapter") else load_model(args, trained=False)
+    return model if model.adapters else load_model(args, trained=False)
 
 
 def adapters_off(model):
     """`with adapters_off(model):` it is its own base, if it has adapters."""
-    if hasattr(model, "disable_adapter"):
-        return model.disable_adapter()
+    if model.adapters:
+        return model.adapters[0].disable_adapter()
     return contextlib.nullcontext()
 
 
@@ -204,15 +194,14 @@ def memory_estimate(model, batch):
     Not counted: a second model (a reference, a critic), and sampling, which takes what is free, as
     rows_at_once says.
     """
-    lm = causal_lm(model)
-    config = lm.config
+    config = model.config
     item = compute_dtype(model).itemsize
-    weights = lm.get_memory_footprint() / size()
-    trained = lm.num_parameters(only_trainable=True) / size()
+    weights = model.get_memory_footprint() / size()
+    trained = model.num_parameters(only_trainable=True) / size()
     adam = trained * (12 if item == 4 else 14)  # gradient, two moments, bfloat16 copy
     block = 9 * config.num_attention_heads * head_dim(config) + 4 * config.intermediate_size
     kept = config.num_hidden_layers * block  # numbers per token
-    if lm.is_activation_checkpointing:
+    if model.is_activation_checkpointing:
         kept = config.num_hidden_layers * config.hidden_size + block
     activations = kept * item * batch
     activations += 20 * min(1 << 26, config.vocab_size * batch)  # a chunk of logits, five times
@@ -225,12 +214,11 @@ def memory_estimate(model, batch):
 def rows_at_once(model, tokens):
     """How many answers of so many tokens are sampled at once: at most 512, and in 60 % of the
     memory that is free, on a CPU in 8 GiB."""
-    lm = causal_lm(model)
-    config = lm.config
+    config = model.config
     keys = config.num_hidden_layers * config.num_key_value_heads * head_dim(config) * tokens
     row = 2 * keys * compute_dtype(model).itemsize + 20 * config.vocab_size  # bytes
     room = 8 << 30
-    if lm.device.type == "cuda":
+    if model.device.type == "cuda":
         torch.cuda.empty_cache()
         room = 0.6 * torch.cuda.mem_get_info()[0]
     return max(1, min(512, int(room / row)))

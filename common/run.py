@@ -37,7 +37,7 @@ from common.distributed import everyone, rank, size, split_like, total, whole
 from common.evaluate import describe, evaluate, mean_and_error
 from common.flags import BadInput, read_config
 from common.logprobs import check_model
-from common.models import causal_lm, end_of_turn, load_model, load_tokenizer, memory_estimate
+from common.models import end_of_turn, load_model, load_tokenizer, memory_estimate
 
 CODE = pathlib.Path(__file__).parent
 EVAL_K = 8   # answers to each held-out problem
@@ -82,7 +82,7 @@ class Run:
         torch.manual_seed(args.seed)  # new adapters draw from it
         self.tokenizer = load_tokenizer(args.model)
         self.model = load_model(args).train()  # sampling switches to eval by itself
-        longest = causal_lm(self.model).config.max_position_embeddings - args.max_new_tokens
+        longest = self.model.config.max_position_embeddings - args.max_new_tokens
         self.train = drop_long_prompts(self.tokenizer, train, args.system, longest)
         self.held_out = drop_long_prompts(self.tokenizer, held_out, args.system, longest)
         self.describe()
@@ -107,20 +107,17 @@ class Run:
 
     def describe(self):
         """Checks the model on the first prompt, prints that, model, data, memory."""
-        args = self.args
-        lm = causal_lm(self.model)
         prompt = self.encode(self.train[:1])[0]
         check_model(self.model, self.tokenizer, prompt)
         end = end_of_turn(self.tokenizer)
         if end not in (None, self.tokenizer.eos_token_id):
             print(f"note: answers also end at {self.tokenizer.decode(end)!r}, with which the chat "
                   "template ends a turn")
-        millions = lm.num_parameters() / 1e6
-        print(f"model: {args.model}, {lm.config.model_type}, {millions:.2f} M parameters, "
-              f"{lm.config.num_hidden_layers} blocks, {lm.compute_dtype} on {lm.device}")
+        print(f"model: {self.args.model}, {self.model.num_parameters() / 1e6:.2f} M parameters, "
+              f"{self.model.compute_dtype} on {self.model.device}")
         print(f"first prompt ({len(prompt)} tokens): {self.tokenizer.decode(prompt)!r} "
               f"-> gold {self.train[0]['answer']!r}")
-        print(memory_estimate(self.model, args.micro_batch_tokens))
+        print(memory_estimate(self.model, self.args.micro_batch_tokens))
 
     def encode(self, rows):
         """The prompts of some rows as token ids."""
@@ -228,7 +225,7 @@ class Run:
 
     def warn(self, row):
         """Says once what a row shows to be wrong."""
-        exact = causal_lm(self.model).compute_dtype == torch.float32
+        exact = self.model.compute_dtype == torch.float32
         notes = {
             "over half of the answers are cut off at --max-new-tokens, which is wrong: raise it":
                 row.get("truncated", 0) > 0.5,
@@ -308,22 +305,22 @@ def save_model(folder, model, tokenizer, args):
     With --merge the adapters are also merged into the model, in folder/merged. Every rank must
     call it, the first one writes.
     """
-    adapters = hasattr(model, "peft_config")
-    dtype = causal_lm(model).compute_dtype
+    dtype = model.compute_dtype
+    saved = model.adapters[0] if model.adapters else model
     state = {}
-    for name, weight in model.state_dict().items():
-        if "lora_" in name or not adapters:
+    for name, weight in saved.state_dict().items():
+        if "lora_" in name or not model.adapters:
             state[name] = whole(weight.to(dtype))
     if rank() > 0:
         return
     if model.config.tie_word_embeddings:
         state.pop("lm_head.weight", None)  # a second copy of the embedding
-    model.save_pretrained(folder / "model", state_dict=state)
-    if not adapters:  # save_pretrained writes the dtype of the weights that are trained
+    saved.save_pretrained(folder / "model", state_dict=state)
+    if not model.adapters:  # save_pretrained writes the dtype of the weights that are trained
         model.config.dtype = dtype
         model.config.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    if adapters and args.merge:
+    if model.adapters and args.merge:
         from peft import PeftModel
         base = load_model(args, trained=False, split=False)
         merged = PeftModel.from_pretrained(base, folder / "model").merge_and_unload()

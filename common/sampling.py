@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import DynamicCache, TopPLogitsWarper
 
 from common.distributed import gathered, rank, size
-from common.models import autocast, causal_lm, rows_at_once, stop_ids
+from common.models import autocast, rows_at_once, stop_ids
 
 
 @dataclass
@@ -58,8 +58,7 @@ def sample(model, tokenizer, prompts, n, max_new_tokens, temperature=1.0, top_p=
     share and get the answers that one process would give them; alone: each rank draws all of them
     itself.
     """
-    lm = causal_lm(model)
-    device = lm.device
+    device = model.device
     was_training = model.training
     model.eval()
 
@@ -83,12 +82,12 @@ def sample(model, tokenizer, prompts, n, max_new_tokens, temperature=1.0, top_p=
         entropy=zeros.clone(),
         finished=zeros[:, 0].bool(),
         texts=[])
-    stop = torch.tensor(stop_ids(lm, tokenizer), device=device)
+    stop = torch.tensor(stop_ids(model, tokenizer), device=device)
     longest = max(map(len, prompts)) + max_new_tokens
     rows = torch.arange(len(noise), device=device)                       # (B,)
-    with gathered(lm), autocast(model):
+    with gathered(model), autocast(model):
         for part in rows.split(rows_at_once(model, longest)):
-            decode(lm, rollout, part, n, noise, stop, temperature, top_p)
+            decode(model, rollout, part, n, noise, stop, temperature, top_p)
     model.train(was_training)
 
     T = int(rollout.lengths.max())

@@ -48,7 +48,7 @@ REFUSED = {
     "Phi": ({}, SCALE),  # a bias
     "Qwen3_5Text": ({"head_dim": 8, **LINEAR}, "LinearAttention"),
     "Gemma4Text": ({"head_dim": 8, **PER_LAYER}, "per-layer attribute"),
-    "Gemma3": (TOWERS, "no model.layers and lm_head"),
+    "Gemma3": (TOWERS, "Gemma3ForConditionalGeneration is not supported"),
 }
 
 

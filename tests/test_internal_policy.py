@@ -7,8 +7,6 @@ import torch
 from conftest import random_model, rollout_of
 from transformers import (
     Gemma2Config,
-    GPT2Config,
-    GPT2LMHeadModel,
     GraniteConfig,
     Lfm2Config,
     MistralConfig,
@@ -278,16 +276,11 @@ def test_blocks_that_do_not_just_add_are_refused(config, options):
 
 
 def test_blocks_of_other_kinds_are_refused():
-    """LFM 2's blocks of convolutions have no attention; GPT-2 has no model.layers at all."""
+    """LFM 2's blocks of convolutions have no attention."""
     other = random_model(Lfm2Config, layers=2, layer_types=["conv", "full_attention"])
     with pytest.raises(BadInput, match="Lfm2ForCausalLM: not every block has self_attn"):
         ip.internal_entropies(other, IDS, None, torch.ones(2, 5))
     assert not any(module._forward_hooks for module in other.modules())
-    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4))
-    for refused in (lambda: ip.layer_logits(gpt2, IDS, layer=1),
-                    lambda: ip.internal_entropies(gpt2, IDS, None, torch.ones(2, 5))):
-        with pytest.raises(BadInput, match="GPT2LMHeadModel is not supported"):
-            refused()
 
 
 @pytest.mark.parametrize("config", [MistralConfig, Qwen3Config])

@@ -347,10 +347,14 @@ def test_lora(tmp_path):
     found = merged(input_ids=ids).logits
     assert torch.allclose(adapted(input_ids=ids).logits, found, atol=1e-3)
     assert not torch.allclose(found, base(input_ids=ids).logits, atol=0.05)
-    reference = reference_model(args, adapted)
+    for name, weight in fresh.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight)
+    reference = reference_model(args, fresh)
     with adapters_off(reference):
         found = reference(input_ids=ids).logits
     assert torch.allclose(found, base(input_ids=ids).logits, atol=1e-6)
+    assert not torch.allclose(fresh(input_ids=ids).logits, found, atol=0.05)
 
 
 @every_script
