@@ -147,7 +147,7 @@ def choose_layer(run):
     return layer
 
 
-@exit_on_bad_input
+@exit_on_bad_input()
 def main(argv=None):
     args = parse_args(Args, REAL, __doc__, argv)
     reward_of = load_reward(args.reward) if args.reward else reward

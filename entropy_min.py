@@ -109,7 +109,7 @@ def choose_problems(run):
     return [row["problem"] for row in rows[:args.shots]]
 
 
-@exit_on_bad_input
+@exit_on_bad_input()
 def main(argv=None):
     args = parse_args(Args, REAL, __doc__, argv)
     if args.group_size % (args.shots * size()):

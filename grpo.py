@@ -142,7 +142,7 @@ class Args(Shared):
 REAL = {"steps": 300, "prompts_per_step": 128, "group_size": 8, "max_new_tokens": 2048, "lr": 1e-6}
 
 
-@exit_on_bad_input
+@exit_on_bad_input()
 def main(argv=None):
     args = parse_args(Args, REAL, __doc__, argv)
     reward_of = load_reward(args.reward) if args.reward else reward

@@ -252,7 +252,7 @@ REAL = {"teacher_max_new_tokens": 8192, "teacher_problems": 0, "samples": 32, "b
         "lr": 5e-6, "max_new_tokens": 4096}
 
 
-@exit_on_bad_input
+@exit_on_bad_input()
 def main(argv=None):
     args = parse_args(Args, REAL, __doc__, argv)
     args.teacher_temperature = args.teacher_temperature or TEMPERATURE[args.teacher_style]

@@ -233,7 +233,7 @@ REAL = {"steps": 112, "prompts_per_step": 128, "group_size": 8, "max_new_tokens"
         "lr": 5e-7, "critic_lr": 9e-6, "value_clip": 0.2, "margin": 16, "ngram": 40}
 
 
-@exit_on_bad_input
+@exit_on_bad_input()
 def main(argv=None):
     args = parse_args(Args, REAL, __doc__, argv)
     reward_of = load_reward(args.reward) if args.reward else reward

@@ -33,6 +33,7 @@ from common.internal_policy import (
     entropy_changes,
     first_blocks,
 )
+from common.logprobs import check_model
 from common.models import load_model, load_tokenizer
 from common.sampling import join, sample
 
@@ -277,7 +278,7 @@ def as_lists(x):
     return x
 
 
-@exit_on_bad_input
+@exit_on_bad_input()
 def main(argv=None):
     names, rest = several_models(sys.argv[1:] if argv is None else argv)
     args = parse_args(Args, REAL, __doc__, rest)

@@ -126,7 +126,7 @@ class Args:
 REAL = {"max_new_tokens": 500}
 
 
-@exit_on_bad_input
+@exit_on_bad_input()
 def main(argv=None):
     names, rest = several_models(sys.argv[1:] if argv is None else argv)
     args = parse_args(Args, REAL, __doc__, rest)

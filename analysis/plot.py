@@ -186,7 +186,7 @@ def plot_runs(groups: dict[str, list[dict]], path: pathlib.Path) -> None:
     plt.close(figure)
 
 
-@exit_on_bad_input
+@exit_on_bad_input()
 def main(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", help="folders of runs")

@@ -91,7 +91,7 @@ def report(rows: list[dict], width: int, lines: int) -> str:
     return "\n".join(shown)
 
 
-@exit_on_bad_input
+@exit_on_bad_input()
 def main(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("run", help="folder of a run")

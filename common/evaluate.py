@@ -13,8 +13,6 @@ import pathlib
 import statistics
 from dataclasses import dataclass
 
-from tqdm import tqdm
-
 from common.data import drop_long_prompts, encode_prompt, load_problems, write_whole
 from common.distributed import everyone, rank, share, size
 from common.flags import BOXED, BadInput, exit_on_bad_input, flag, load_reward, parse_args
@@ -50,7 +48,7 @@ def evaluate(model, tokenizer, rows, reward, k, max_new_tokens, temperature=1.0,
     rewards.
     """
     answers = []
-    for start in tqdm(range(0, len(rows), 64), "evaluating", leave=False, disable=rank() > 0):
+    for start in range(0, len(rows), 64):
         batch = rows[start:start + 64]
         mine = share(batch + batch[-1:] * (-len(batch) % size()))  # each rank needs as many
         prompts = [encode_prompt(tokenizer, row["problem"], system) for row in mine]
@@ -123,7 +121,7 @@ class Args:
 REAL = {"system": BOXED, "max_new_tokens": 4096}
 
 
-@exit_on_bad_input
+@exit_on_bad_input()
 def main(argv=None):
     args = parse_args(Args, REAL, __doc__, argv)
     if args.output and pathlib.Path(args.output).exists():

@@ -7,8 +7,8 @@
     args = parse_args(Args, REAL, __doc__, argv)     # REAL: {"steps": 300}, for larger models
 """
 import argparse
+import contextlib
 import dataclasses
-import functools
 import json
 import pathlib
 import runpy
@@ -106,8 +106,8 @@ def parse_args(Args, real, description, argv=None):
         value = getattr(args, field.name)
         low, high = field.metadata["low"], field.metadata["high"]
         if isinstance(value, int | float) and not low <= value <= high:
-            raise BadInput(f"--{field.name.replace('_', '-')} {value}: must be at least {low} and "
-                           f"at most {high}")
+            raise BadInput(f"--{field.name.replace('_', '-')} {value}: must be at least {low:g} "
+                           f"and at most {high:g}")
     return args
 
 
@@ -132,28 +132,27 @@ def load_reward(place):
                        f"({type(error).__name__}: {error})") from error
 
 
-def exit_on_bad_input(main):
-    """Wraps a script's main: its errors become one line, and torchrun's processes are joined.
+@contextlib.contextmanager
+def exit_on_bad_input():
+    """Around a script's main: its errors become one line, and torchrun's processes are joined.
 
     Exit code 2 for bad input, a library that is not installed, a full disk and memory that runs
     out, 130 for Ctrl-C.
     """
-    @functools.wraps(main)
-    def wrapped(argv=None):
-        if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="replace")  # a console that has no "±" shows a "?"
-        try:
-            with process_group():
-                return main(argv)
-        except KeyboardInterrupt:
-            print("\ninterrupted; --resume goes on from the last checkpoint", file=sys.stderr)
-            raise SystemExit(130) from None
-        except RuntimeError as error:
-            if not any(cause in str(error) for cause in ("out of memory", "DefaultCPUAllocator")):
-                raise  # a bug
-            reason = "out of memory: lower --micro-batch-tokens or --group-size, then --resume"
-        except (BadInput, OSError, ImportError, SafetensorError) as error:
-            reason = str(error) or type(error).__name__
-        tqdm.write(f"error: {reason.splitlines()[0]}", file=sys.stderr)  # not behind a bar
-        raise SystemExit(2)
-    return wrapped
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a console that has no "±" shows a "?"
+    try:
+        with process_group():
+            yield
+        return
+    except KeyboardInterrupt:
+        print("\ninterrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        raise SystemExit(130) from None
+    except RuntimeError as error:
+        if not any(cause in str(error) for cause in ("out of memory", "DefaultCPUAllocator")):
+            raise  # a bug
+        reason = "out of memory: lower --micro-batch-tokens or --group-size, then --resume"
+    except (BadInput, OSError, ImportError, SafetensorError) as error:
+        reason = str(error) or type(error).__name__
+    tqdm.write(f"error: {reason.splitlines()[0]}", file=sys.stderr)  # not behind a bar
+    raise SystemExit(2)

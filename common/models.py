@@ -205,10 +205,9 @@ def memory_estimate(model, batch):
         kept = config.num_hidden_layers * config.hidden_size + block
     activations = kept * item * batch
     activations += 20 * min(1 << 26, config.vocab_size * batch)  # a chunk of logits, five times
-    parts = [weights, adam, activations, weights + adam + activations]
-    gib = [f"{part / 2**30:.2f}" for part in parts]
-    return (f"memory, GiB: weights {gib[0]}, gradients and AdamW {gib[1]}, activations {gib[2]}: "
-            f"about {gib[3]}")
+    return (f"memory, GiB: weights {weights / 2**30:.2f}, gradients and AdamW {adam / 2**30:.2f}, "
+            f"activations {activations / 2**30:.2f}: about "
+            f"{(weights + adam + activations) / 2**30:.2f}")
 
 
 def rows_at_once(model, tokens):

@@ -222,7 +222,7 @@ def load(place: str):
     return found
 
 
-@exit_on_bad_input
+@exit_on_bad_input()
 def main(argv=None) -> int:
     parser = Parser(__doc__)
     parser.add_argument("loss", help="module:callable, as the others")

@@ -67,7 +67,7 @@ TABLE = [
     (SOME, "--model foreign_tokens", "the tokenizer is another model's"),
     (SOME, "--model templates", "multiple chat templates with no default"),
     (SOME, "--model breaks", "chat template refuses"),              # it raises a TypeError
-    (SOME, "--seed 1234567890123456789", "and at most 1000000000.0"),
+    (SOME, "--seed 1234567890123456789", "and at most 1e+09"),
     # data
     (SOME, "--data missing.jsonl", "--data missing.jsonl: cannot be read, [Errno 2] No such file"),
     (SOME, "--data folder.jsonl", "--data folder.jsonl"),
