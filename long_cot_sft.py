@@ -120,7 +120,7 @@ def sample_traces(run):
     rows = []
     path = run.folder / "traces.jsonl"
     if args.resume and path.exists():
-        rows = read_rows(str(path), "train", "--resume")
+        rows = read_rows(str(path), "train")
     batch = max(1, ROWS // args.samples)
     missing = range(len(rows), len(problems), batch)
     if missing:
@@ -262,7 +262,7 @@ def main(argv=None):
 
     # 1. Traces, of a file or of the teacher, whose memory goes before training.
     if args.traces:
-        traces = read_rows(args.traces, "train", "--traces")
+        traces = read_rows(args.traces, "train")
     else:
         traces = sample_traces(run)
     gc.collect()

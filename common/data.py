@@ -20,11 +20,11 @@ ANSWER_COLUMNS = ("answer", "final_answer", "reward_model", "ground_truth", "exp
                   "target", "solution")
 
 
-def read_rows(name, split, flag="--data"):
+def read_rows(name, split):
     """A local file's or a hub dataset's rows as they are: a list or a Dataset of dicts.
 
     name: arithmetic, a .json, .jsonl or .parquet file, or owner/set[:config[:split]]. Raises
-    BadInput, which names the flag.
+    BadInput.
     """
     path = TINY / f"{split}.jsonl" if name == "arithmetic" else pathlib.Path(name)
     kind = path.suffix.lower()
@@ -41,9 +41,9 @@ def read_rows(name, split, flag="--data"):
             hub_id, config, own_split = (name.split(":") + ["", ""])[:3]
             rows = load_dataset(hub_id, config or None, split=own_split or split)
     except Exception as error:  # no such file, no network, damaged: each library has its own
-        raise BadInput(f"{flag} {name}: cannot be read, {error}") from error
+        raise BadInput(f"{name}: cannot be read, {error}") from error
     if len(rows) == 0:
-        raise BadInput(f"{flag} {name}: no rows")
+        raise BadInput(f"{name}: no rows")
     return rows
 
 
@@ -72,13 +72,13 @@ def write_whole(path, text):
     temporary.replace(path)
 
 
-def find_column(rows, known, place):
+def find_column(rows, known, name):
     """The first of the known columns that one of the first rows has, in any case. BadInput."""
-    columns = {name.lower(): name for row in islice(rows, 100) for name in row}
-    for name in known:
-        if name in columns:
-            return columns[name]
-    raise BadInput(f"{place}: no column is named {' or '.join(known)}; the data has "
+    columns = {key.lower(): key for row in islice(rows, 100) for key in row}
+    for column in known:
+        if column in columns:
+            return columns[column]
+    raise BadInput(f"{name}: no column is named {' or '.join(known)}; the data has "
                    f"{', '.join(columns)}")
 
 
@@ -116,15 +116,15 @@ def gold_answer(cell):
     return text if verify.parses(text) else None
 
 
-def load_problems(name, split="train", seed=0, count=None, flag="--data"):
+def load_problems(name, split="train", seed=0, count=None):
     """-> rows with every column of the data, each problem once, `count` of them by the seed.
 
-    "problem" is a text or a list of chat messages, "answer" the gold as text. Raises BadInput,
-    which names the flag, if no row is usable.
+    "problem" is a text or a list of chat messages, "answer" the gold as text. Raises BadInput
+    if no row is usable.
     """
-    rows = read_rows(name, split, flag)
-    problem_column = find_column(rows, PROBLEM_COLUMNS, f"{flag} {name}")
-    answer_column = find_column(rows, ANSWER_COLUMNS, f"{flag} {name}")
+    rows = read_rows(name, split)
+    problem_column = find_column(rows, PROBLEM_COLUMNS, name)
+    answer_column = find_column(rows, ANSWER_COLUMNS, name)
     kept = {}
     dropped = 0
     for row in rows:
@@ -135,11 +135,11 @@ def load_problems(name, split="train", seed=0, count=None, flag="--data"):
             dropped += 1
         else:
             kept.setdefault(str(problem), {**row, "problem": problem, "answer": answer})
-    print(f"{flag} {name}: {len(rows)} rows, {dropped} dropped (no problem, no gold that can be "
+    print(f"data: {name}: {len(rows)} rows, {dropped} dropped (no problem, no gold that can be "
           f"compared, or multiple choice), {len(rows) - dropped - len(kept)} repeated; "
           f"problem from {problem_column!r}, answer from {answer_column!r}")
     if not kept:
-        raise BadInput(f"{flag} {name}: no row has both a problem and a usable answer")
+        raise BadInput(f"{name}: no row has both a problem and a usable answer")
     kept = list(kept.values())
     random.Random(f"order {seed}").shuffle(kept)
     return kept[:count]
@@ -153,8 +153,7 @@ def load_train_and_eval(args):
     """
     train = load_problems(args.data, seed=args.seed)
     if args.eval_data or args.data == "arithmetic":
-        held_out = load_problems(args.eval_data or "arithmetic", "test", count=args.eval_problems,
-                                 flag="--eval-data")
+        held_out = load_problems(args.eval_data or "arithmetic", "test", count=args.eval_problems)
         seen = {str(row["problem"]) for row in held_out}
         train = [row for row in train if str(row["problem"]) not in seen]
     else:

@@ -45,7 +45,7 @@ class Rollout:
         chosen = {}
         for name, value in vars(self).items():
             is_list = isinstance(value, list)
-            chosen[name] = [value[i] for i in rows] if is_list else value[rows]
+            chosen[name] = [value[i] for i in rows.tolist()] if is_list else value[rows]
         return Rollout(**chosen)
 
 
@@ -118,7 +118,7 @@ def decode(lm, rollout, running, n, noise, stop, temperature, top_p):
     # 1. Read each prompt once, padded on the left, and copy its cache to its answers.
     asked, owner = (running // n).unique(return_inverse=True)            # (P,), (R,)
     ids = pad_sequence(
-        [asked.new_tensor(rollout.prompts[i * n]) for i in asked],
+        [asked.new_tensor(rollout.prompts[i * n]) for i in asked.tolist()],
         batch_first=True,
         padding_value=-1,
         padding_side="left")                                             # (P, S)
@@ -192,7 +192,7 @@ def join(rollout):
         return nothing, nothing.bool()
     ids = []
     predicts = []
-    answers = zip(rollout.prompts, rollout.tokens, rollout.lengths, strict=True)
+    answers = zip(rollout.prompts, rollout.tokens, rollout.lengths.tolist(), strict=True)
     for prompt, answer, length in answers:
         row = torch.cat([answer.new_tensor(prompt), answer[:length]])
         next_is_answer = torch.zeros_like(row).bool()

@@ -69,21 +69,21 @@ TABLE = [
     (SOME, "--model breaks", "chat template refuses"),              # it raises a TypeError
     (SOME, "--seed 1234567890123456789", "and at most 1e+09"),
     # data
-    (SOME, "--data missing.jsonl", "--data missing.jsonl: cannot be read, [Errno 2] No such file"),
-    (SOME, "--data folder.jsonl", "--data folder.jsonl"),
-    (SOME, "--data empty.jsonl", "--data empty.jsonl: no rows"),
-    (SOME, "--data notes.txt", "--data notes.txt"),
-    (SOME, "--data binary.jsonl", "--data binary.jsonl: cannot be read"),
-    (SOME, "--data half.jsonl", "--data half.jsonl: cannot be read, line 2 is not JSON"),
-    (SOME, "--data nested.jsonl", "--data nested.jsonl: "),         # brackets without end
+    (SOME, "--data missing.jsonl", "missing.jsonl: cannot be read, [Errno 2] No such file"),
+    (SOME, "--data folder.jsonl", "folder.jsonl"),
+    (SOME, "--data empty.jsonl", "empty.jsonl: no rows"),
+    (SOME, "--data notes.txt", "notes.txt"),
+    (SOME, "--data binary.jsonl", "binary.jsonl: cannot be read"),
+    (SOME, "--data half.jsonl", "half.jsonl: cannot be read, line 2 is not JSON"),
+    (SOME, "--data nested.jsonl", "nested.jsonl: "),         # brackets without end
     (SOME, "--data numbers.jsonl", "every row must be an object"),
-    (SOME, "--data binary.parquet", "--data binary.parquet: cannot be read"),
-    (SOME, "--data nobody/nothing", "--data nobody/nothing"),       # a hub id, offline
+    (SOME, "--data binary.parquet", "binary.parquet: cannot be read"),
+    (SOME, "--data nobody/nothing", "nobody/nothing"),       # a hub id, offline
     (SOME, "--data columns.jsonl", "no column is named problem or question"),
     (SOME, "--data nogold.jsonl", "no row has both a problem"),
     (SOME, "--data long.jsonl", "every prompt is longer than"),         # prompts beyond the context
-    (["a script"], "--eval-data missing.jsonl", "--eval-data missing.jsonl: cannot be read"),
-    (["a script"], "--eval-data columns.jsonl", "--eval-data columns.jsonl: no column is named"),
+    (["a script"], "--eval-data missing.jsonl", "missing.jsonl: cannot be read"),
+    (["a script"], "--eval-data columns.jsonl", "columns.jsonl: no column is named"),
     # places
     (SCRIPTS, "--output full", "full: holds something already"),
     (["a script"], "--output notes.txt/run", "notes.txt"),

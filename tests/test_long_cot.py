@@ -243,7 +243,7 @@ def test_trace_files(row, pairs, kind, tmp_path):
         Dataset.from_list([row]).to_parquet(path)
     else:
         path.write_text(json.dumps(row))
-    assert pairs_of(read_rows(str(path), "train", "--traces")) == pairs
+    assert pairs_of(read_rows(str(path), "train")) == pairs
 
 
 @pytest.mark.parametrize("row", [
@@ -438,7 +438,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, monkeypatch)
     (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "p", "completion": "x" * 600}))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*")}
     for flags, message in {
-            "--traces missing.jsonl": "--traces missing.jsonl: cannot be read",
+            "--traces missing.jsonl": "missing.jsonl: cannot be read",
             "--traces empty.jsonl": "no rows", "--traces foreign.jsonl": "none of the 1 traces",
             "--traces long.jsonl": "none of the 1 traces",
             "--teacher no/such/model": "no/such/model",

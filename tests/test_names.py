@@ -53,7 +53,7 @@ NAMES = {
         "extract_answer(text)", "equivalent(answer, gold)", "verify(text, gold)",
         "reward(text, gold)", "parses(gold)"],
     "common.data": [
-        "load_problems(name, split='train', seed=0, count=None, flag='--data')",
+        "load_problems(name, split='train', seed=0, count=None)",
         "encode_prompt(tokenizer, problem, system='')"],
     "common.evaluate": [
         "pass_at_k(n, c, k)",
