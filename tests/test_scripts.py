@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bupo
+import common.run
 import entropy_min
 import grpo
 import kl3_grpo
@@ -152,6 +153,14 @@ def test_rows_go_to_a_tracker_and_a_missing_one_is_told_first(tmp_path, monkeypa
         run(grpo, "--track", "wandb", output=tmp_path / "none")
     assert stop.value.code == 2 and "error: " in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
+
+
+def test_the_largest_gap_is_of_all_ranks(tmp_path, monkeypatch):
+    """Another rank's micro-batches have the gaps 0 and 2: 2, though its first is the smaller."""
+    monkeypatch.setattr(common.run, "everyone",
+                        lambda x: [x, [0.0, 2.0]] if isinstance(x, list) else [x])
+    rows = run(grpo, "--steps", 1, "--eval-problems", 0, output=tmp_path / "run")
+    assert rows[0]["gap_max"] == 2.0
 
 
 @groups
