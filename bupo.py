@@ -12,9 +12,9 @@ is taken of that policy (eq. 9), then of the model (eq. 10). Answers always come
 model. This file is grpo.py with a layer: diff grpo.py bupo.py.
 
 Deviations from the paper, and why:
-1. The paper names its layers by hand (Qwen3-4B: 6 of 36). --layer auto measures: the end of the
-   first run of blocks whose FFN raises entropy, at most L - 1, as block L's policy is the model's;
-   where none does, the paper's choice for the family.
+1. The paper names its layers by hand (Qwen3-4B: 6 of 36). --layer auto measures: it takes the end
+   of the first run of blocks whose FFN raises entropy. That is at most L - 1, since block L's
+   policy is the model's. Where no block does, it takes the paper's choice for the family.
 2. In the first phase the blocks above l are not run, which gives the same gradient in less time;
    the authors run them for their logs.
 3. The loss is a mean over all tokens of an update (paper: per answer first; its code: per
@@ -99,8 +99,8 @@ class Args(Shared):
                       "of the exploration region, without one the paper's choice for the family")
     internal_steps: int = flag(3, "rollouts of the first phase; BuPO: 30 of 300", low=0)
     final_norm: bool = flag(False, "read the layer through the last norm: worse in the paper")
-    clip_low: float = flag(0.2, "bad tokens below ratio 1 - this get no gradient", low=0, high=1)
-    clip_high: float = flag(0.2, "good ones above 1 + this get none; DAPO: 0.28", low=0)
+    clip_low: float = flag(0.2, "A < 0 has no gradient below ratio 1 - this", low=0, high=1)
+    clip_high: float = flag(0.2, "A > 0 has none above ratio 1 + this; DAPO: 0.28", low=0)
 
 
 REAL = {"steps": 300, "prompts_per_step": 128, "group_size": 8, "max_new_tokens": 2048, "lr": 1e-6,
@@ -160,7 +160,8 @@ def main(argv=None):
 
     for step in range(run.begin(optimizer), args.steps):
         # 0. The policy that is trained: block l's at first, then the model's (eq. 10).
-        layer, trunk = None, None
+        layer = model.config.num_hidden_layers
+        trunk = None
         if step < args.internal_steps:
             layer = run.summary["layer"]
             trunk = first_blocks(model, layer, args.final_norm)         # H^l, read by E: eq. 5
@@ -172,19 +173,20 @@ def main(argv=None):
         prompts = run.encode(problems)
         rollout = sample(model, run.tokenizer, prompts, args.group_size, args.max_new_tokens,
                          args.temperature, seed=args.seed * 100_000 + step)            # B answers
-        mask = rollout.mask  # 1 on an answer's tokens, the stop token included        # (B, T)
+        mask = rollout.mask  # 1 on an answer's tokens, by length, stop token included # (B, T)
 
         # 2. Reward them. An answer that was cut off is wrong: 0, here and in evaluation.
-        rewards = [float(reward_of(text, problems[i // args.group_size]))
-                   for i, text in enumerate(rollout.texts)]
-        rewards = torch.tensor(rewards, device=model.device) * rollout.finished        # (B,)
-        rewards = rewards.view(-1, args.group_size)                                    # (P, G)
+        rewards = torch.zeros(len(problems), args.group_size, device=model.device)     # (P, G)
+        for i, finished in enumerate(rollout.finished.tolist()):
+            p, g = divmod(i, args.group_size)
+            if finished:
+                rewards[p, g] = reward_of(rollout.texts[i], problems[p])
 
         # 3. Compare each answer with its group.
         advantages = group_advantages(rewards).flatten()                               # (B,)
 
-        # 4. A row whose advantage is 0 has no gradient and is not run. With several updates the
-        #    policy that sampled has to be kept.
+        # 4. A row whose advantage is 0 has no gradient and is not run. With several updates keep
+        #    what the trained policy says before the first: the sampler differs by rounding.
         rows = torch.arange(len(advantages), device=model.device)                      # (B,)
         useful = advantages != 0                                                       # (B,)
         old_logp = None

@@ -22,8 +22,8 @@ Deviations from the paper, and why:
 5. The problem is drawn from --data; the paper takes the one of most varying correctness: --select.
 6. Accuracy is at temperature 1; the code's is greedy: common.evaluate --temperature 0.
 
-Axes: B answers, T tokens, N tokens in a row, D width, V vocabulary; b a micro-batch's share of B;
-P problems, K answers to each.
+Axes: B answers, T tokens, N tokens of all rows, D width, V vocabulary; b a micro-batch's share of
+B; P problems, K answers to each.
 """
 import math
 from dataclasses import dataclass
@@ -144,13 +144,13 @@ def main(argv=None):
 
         # 3. Update: the gradients of all micro-batches add up to one step of the optimiser.
         parts = []
-        all_rows = torch.arange(len(mask), device=model.device)                        # (B,)
-        for part in micro_batches(rollout, all_rows, args.micro_batch_tokens):
+        rows = torch.arange(len(mask), device=model.device)                            # (B,)
+        for part in micro_batches(rollout, rows, args.micro_batch_tokens):
             batch = rollout[part]                                                      # b answers
             inside = batch.mask.bool()                                                 # (b, T)
             with autocast(model):
                 hidden = states_before_answers(model, batch)                           # (N, D)
-                weight = model.lm_head.weight                               # (V, D)
+                weight = model.lm_head.weight                                          # (V, D)
                 tokens = batch.tokens[inside]                                          # (N,)
                 _, entropy = token_logprobs(
                     hidden, weight, tokens, args.loss_temperature)                     # (N,), H_t

@@ -5,19 +5,20 @@ Paper: DeepSeekMath (arXiv 2402.03300); equation numbers are BuPO's (arXiv 2512.
 Run:   python grpo.py                            the embedded model learns arithmetic, a minute
        python grpo.py --model Qwen/Qwen3-4B --data openai/gsm8k:main
 See:   reward, the share of right answers, rises from about 0.3 to 0.7, answers grow longer, entropy
-       falls. The loss says little: with one update per rollout it is minus the mean advantage
-       over tokens, whose gradient is another matter.
+       falls. Ignore the loss: with one update per rollout its value is minus the mean advantage
+       per token; only its gradient matters.
 
 Deviations from the paper, and why:
 1. The loss is a mean over all tokens of an update, not per answer first, so that micro-batches
    change nothing; --aggregation sequence is the paper's, constant is Dr. GRPO's.
 2. Each rollout makes one update (the paper's authors: several), so every ratio is 1 and nothing is
-   clipped; --updates-per-rollout gives each update its share of the prompts.
-3. No KL to a reference unless --kl-coef; its estimator is k2, whose gradient is the KL's own, while
-   that of the paper's k3 is biased.
+   clipped; with --updates-per-rollout N each of N updates takes its own N-th of the answers.
+3. No KL to a reference unless --kl-coef; it is estimated by k2, whose gradient is unbiased, while
+   that of the paper's k3 is not.
 4. An answer that was cut off at --max-new-tokens is wrong, whatever it says: its reward is 0, and
    its tokens stay in the loss.
-5. A group that is all right or all wrong counts in the mean but is not run: its gradient is 0.
+5. A group that is all right or all wrong has no gradient: its tokens count in the mean, but it
+   does not go through the model.
 
 RLOO, REINFORCE++ and Dr. GRPO differ in the advantage alone (--advantage).
 Axes: B answers, P problems, G answers per problem, T answer tokens; b a micro-batch's share of B.
@@ -80,7 +81,8 @@ def grpo_loss(logp, old_logp, advantages, mask, clip_low=0.2, clip_high=0.2, dua
     Log-probs in nats. denominator: what the sum over tokens is divided by, a number or (B, 1);
     default: the tokens in mask. Count it over the whole update when that is split into
     micro-batches. dual_clip c > 1 bounds the loss of a bad token by c |A|.
-    clip_fraction: the share of tokens that get no gradient because of a clip, by the same divisor.
+    clip_fraction: the share of tokens that get no gradient because of a clip, weighted as in the
+    loss.
     """
     if denominator is None:
         denominator = mask.sum().clamp(min=1)
@@ -99,24 +101,24 @@ def grpo_loss(logp, old_logp, advantages, mask, clip_low=0.2, clip_high=0.2, dua
 def kl_loss(logp, ref_logp, old_logp, mask, denominator):
     """KL(policy || reference) as a loss: k2 = r (log p - log ref)^2 / 2, r = p / p_old held fixed.
 
-    (B, T) x4 -> scalar. The mean of its gradient is E_p[(log p - log ref) grad log p], that of the
-    KL of each token with what comes before it held fixed.
+    (B, T) x4 -> scalar. In expectation its gradient is E_p[(log p - log ref) grad log p]: that of
+    each token's KL, its prefix held fixed.
     """
     ratio = (logp.detach() - old_logp).clamp(-20, 20).exp()             # (B, T)
     k2 = (logp - ref_logp).square() / 2                                 # (B, T)
     return (ratio * k2 * mask / denominator).sum()
 
 
-def token_denominator(how, lengths, max_new_tokens):
-    """--aggregation: what sums over tokens are divided by. Lengths (B,) in tokens -> (B, 1)."""
-    ones = torch.ones_like(lengths)                                     # (B,)
+def token_denominator(how, lengths, num_answers, num_tokens, max_new_tokens):
+    """--aggregation: what an update's sums over tokens are divided by. lengths (b,) in tokens.
+
+    -> a number, or (b, 1) where each answer has its own. num_*: of the whole update, all ranks.
+    """
     if how == "sequence":
-        divisor = total(ones) * lengths
-    elif how == "constant":
-        divisor = total(ones) * max_new_tokens * ones
-    else:
-        divisor = total(lengths) * ones
-    return divisor[:, None].clamp(min=1)
+        return num_answers * lengths[:, None]
+    if how == "constant":
+        return num_answers * max_new_tokens
+    return num_tokens
 
 
 @dataclass
@@ -133,9 +135,9 @@ class Args(Shared):
                           choices=("grpo", "rloo", "reinforce++", "dr_grpo"))
     aggregation: str = flag("token", "mean over all tokens, per answer first, or over a constant",
                             choices=("token", "sequence", "constant"))
-    clip_low: float = flag(0.2, "bad tokens below ratio 1 - this get no gradient", low=0, high=1)
-    clip_high: float = flag(0.2, "good ones above 1 + this get none; DAPO: 0.28", low=0)
-    dual_clip: float = flag(None, "bad ones above this get none; BuPO: 10", low=1)
+    clip_low: float = flag(0.2, "A < 0 has no gradient below ratio 1 - this", low=0, high=1)
+    clip_high: float = flag(0.2, "A > 0 has none above ratio 1 + this; DAPO: 0.28", low=0)
+    dual_clip: float = flag(None, "A < 0 has none above this ratio; BuPO: 10", low=1)
     kl_coef: float = flag(0.0, "weight of the KL to the initial model; BuPO: 0", low=0)
 
 
@@ -158,13 +160,14 @@ def main(argv=None):
         prompts = run.encode(problems)
         rollout = sample(model, run.tokenizer, prompts, args.group_size, args.max_new_tokens,
                          args.temperature, seed=args.seed * 100_000 + step)            # B answers
-        mask = rollout.mask  # 1 on an answer's tokens, the stop token included        # (B, T)
+        mask = rollout.mask  # 1 on an answer's tokens, by length, stop token included # (B, T)
 
         # 2. Reward them. An answer that was cut off is wrong: 0, here and in evaluation.
-        rewards = [float(reward_of(text, problems[i // args.group_size]))
-                   for i, text in enumerate(rollout.texts)]
-        rewards = torch.tensor(rewards, device=model.device) * rollout.finished        # (B,)
-        rewards = rewards.view(-1, args.group_size)                                    # (P, G)
+        rewards = torch.zeros(len(problems), args.group_size, device=model.device)     # (P, G)
+        for i, finished in enumerate(rollout.finished.tolist()):
+            p, g = divmod(i, args.group_size)
+            if finished:
+                rewards[p, g] = reward_of(rollout.texts[i], problems[p])
 
         # 3. Compare each answer with its group.
         if args.advantage == "reinforce++":
@@ -178,7 +181,8 @@ def main(argv=None):
         advantages = advantages.flatten()                                              # (B,)
 
         # 4. A row whose advantage is 0 has no gradient and is not run, unless a KL gives it one.
-        #    With several updates the policy that sampled has to be kept.
+        #    With several updates keep what the trained policy says before the first: the sampler
+        #    differs by rounding.
         rows = torch.arange(len(advantages), device=model.device)                      # (B,)
         useful = advantages != 0                                                       # (B,)
         if args.kl_coef:
@@ -195,19 +199,21 @@ def main(argv=None):
         parts = []
         grad_norms = []
         for update in rows.chunk(args.updates_per_rollout):                            # row numbers
-            divisor = torch.zeros_like(rollout.lengths)[:, None]                       # (B, 1)
-            divisor[update] = token_denominator(
-                args.aggregation, rollout.lengths[update], args.max_new_tokens)
+            num_answers = total(len(update))
+            num_tokens = total(rollout.lengths[update])
             for part in micro_batches(rollout, update[useful[update]], args.micro_batch_tokens):
                 batch = rollout[part]                                                  # b answers
                 logp = response_logprobs(model, batch, args.temperature)               # (b, T)
                 old = logp.detach() if old_logp is None else old_logp[part]            # (b, T)
+                divisor = token_denominator(
+                    args.aggregation, batch.lengths, num_answers, num_tokens,
+                    args.max_new_tokens)                                               # or (b, 1)
                 loss, metrics = grpo_loss(
                     logp, old, advantages[part], mask[part],
-                    args.clip_low, args.clip_high, args.dual_clip, divisor[part])
+                    args.clip_low, args.clip_high, args.dual_clip, divisor)
                 if args.kl_coef:
                     loss += args.kl_coef * kl_loss(
-                        logp, ref_logp[part], old, mask[part], divisor[part])
+                        logp, ref_logp[part], old, mask[part], divisor)
                 loss.backward()
                 metrics["loss"] = loss.item()
                 metrics["gap_max"] = largest_gap(old, batch)

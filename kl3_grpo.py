@@ -153,19 +153,20 @@ def main(argv=None):
         prompts = run.encode(problems)
         rollout = sample(model, run.tokenizer, prompts, args.group_size, args.max_new_tokens,
                          args.temperature, seed=args.seed * 100_000 + step)            # B answers
-        mask = rollout.mask  # 1 on an answer's tokens, the stop token included        # (B, T)
+        mask = rollout.mask  # 1 on an answer's tokens, by length, stop token included # (B, T)
 
         # 2. Reward them. An answer that was cut off is wrong: 0, here and in evaluation.
-        rewards = [float(reward_of(text, problems[i // args.group_size]))
-                   for i, text in enumerate(rollout.texts)]
-        rewards = torch.tensor(rewards, device=model.device) * rollout.finished        # (B,)
-        rewards = rewards.view(-1, args.group_size)                                    # (P, G)
+        rewards = torch.zeros(len(problems), args.group_size, device=model.device)     # (P, G)
+        for i, finished in enumerate(rollout.finished.tolist()):
+            p, g = divmod(i, args.group_size)
+            if finished:
+                rewards[p, g] = reward_of(rollout.texts[i], problems[p])
 
         # 3. Compare each answer with its group.
         advantages = group_advantages(rewards).flatten()                               # (B,)
 
-        # 4. A row whose advantage is 0 has no gradient and is not run. With several updates the
-        #    policy that sampled has to be kept.
+        # 4. A row whose advantage is 0 has no gradient and is not run. With several updates keep
+        #    what the trained policy says before the first: the sampler differs by rounding.
         rows = torch.arange(len(advantages), device=model.device)                      # (B,)
         useful = advantages != 0                                                       # (B,)
         old_logp = None

@@ -26,7 +26,6 @@ import re
 import time
 from collections import Counter
 from dataclasses import dataclass
-from itertools import compress
 
 import torch
 from torch.nn.utils import clip_grad_norm_
@@ -100,8 +99,9 @@ def ask_teacher(teacher, tokenizer, problems, system, seed, args):
     for row in result["answers"]:
         ended = row["finished"]
         right = [value >= 1 for value in row["rewards"]]  # never if it was cut off
-        kept = compress(row["responses"], ended if args.keep == "all" else right)
-        rows.append({"problem": row["problem"], "answer": row["answer"], "completions": list(kept),
+        wanted = ended if args.keep == "all" else right
+        kept = [text for text, keep in zip(row["responses"], wanted) if keep]
+        rows.append({"problem": row["problem"], "answer": row["answer"], "completions": kept,
                      "ended": sum(ended), "right": sum(right)})
     return rows
 
@@ -303,8 +303,8 @@ def main(argv=None):
 
         # 4. The mean of -log p over all answer tokens, the stop token among them.
         parts = []
-        rows_here = torch.arange(len(rollout.lengths), device=model.device)  # (B,)
-        for part in micro_batches(rollout, rows_here, args.micro_batch_tokens):
+        update = torch.arange(len(rollout.lengths), device=model.device)    # row numbers
+        for part in micro_batches(rollout, update, args.micro_batch_tokens):
             logp = response_logprobs(model, rollout[part])                  # (b, T)
             loss = -logp.sum() / num_tokens                                 # its part of sft_loss
             loss.backward()
@@ -319,10 +319,9 @@ def main(argv=None):
         optimizer.zero_grad()
 
         # 6. Book-keeping.
-        seen = run.rows[-1]["tokens_seen"] if run.rows else 0
         seconds = time.perf_counter() - run.started
-        run.log(step, parts=parts, grad_norms=[grad_norm], lr=lr, tokens_seen=seen + num_tokens,
-                length=num_tokens / len(batch), tokens_per_second=num_tokens / seconds)
+        run.log(step, parts=parts, grad_norms=[grad_norm], lr=lr, length=num_tokens / len(batch),
+                tokens_per_second=num_tokens / seconds)
         run.save(step + 1)
     result = run.finish()
     if result is not None:

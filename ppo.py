@@ -23,8 +23,8 @@ Deviations from the paper, and why:
    to 2 per rollout (paper: 0.2), as its few rollouts cover rewards from -10 to 2.
 6. The KL is split over both rewards and not clipped with them, as in the authors' code.
 
-Axes: B answers, P problems, G answers per problem, T answer tokens, M rewards, N answer tokens in
-a row, D width; b a micro-batch's share of B.
+Axes: B answers, P problems, G answers per problem, T answer tokens, M rewards, N answer tokens of
+all rows, D width; b a micro-batch's share of B.
 """
 import math
 from dataclasses import dataclass
@@ -131,8 +131,8 @@ def gae(rewards, values, mask, gamma=1.0, lam=1.0):
 
         A_t = delta_t + gamma lam A_{t+1},   delta_t = r_t + gamma V(s_{t+1}) - V(s_t)
 
-    -> advantages A, returns A + V; 0 where mask is 0. For lam 1 these are the discounted returns
-    less V, and the returns, which main() computes directly for two discounts.
+    -> advantages A, returns A + V; 0 where mask is 0. main() does not call this: with
+    lam 1 and two discounts it computes the returns directly.
     """
     values = values * mask                                              # (B, T)
     next_values = nn.functional.pad(values, (0, 1))[:, 1:]              # (B, T), 0 after the end
@@ -200,8 +200,8 @@ def token_values(critic, rollout):
     """V of the state before each answer token, 0 outside the answers. -> (B, T), float32."""
     with autocast(critic):
         states = states_before_answers(critic, rollout)                 # (N, D)
-    values = critic.lm_head(states.float())                                 # (N, 1)
-    values = values[:, 0] + critic.offset                                   # (N,)
+    values = critic.lm_head(states.float())                             # (N, 1)
+    values = values[:, 0] + critic.offset                               # (N,)
     inside = rollout.mask.bool()                                        # (B, T), N True
     zeros = torch.zeros_like(rollout.mask)                              # (B, T)
     return zeros.masked_scatter(inside, values)
@@ -241,7 +241,6 @@ def main(argv=None):
     model = run.model
     reference = reference_model(args, model) if args.kl_coef else None
     critic = build_critic(args, model.device)
-    budget = args.micro_batch_tokens
     penalty_gamma = args.penalty_gamma if args.penalty else args.gamma
     gammas = torch.tensor([args.gamma, penalty_gamma], device=model.device)            # (M,)
     weights = [
@@ -260,7 +259,7 @@ def main(argv=None):
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,
             seed=args.seed * 100_000 + step)                                           # B answers
-        all_rows = torch.arange(len(rollout.mask), device=model.device)                # (B,)
+        rows = torch.arange(len(rollout.mask), device=model.device)                    # (B,)
 
         # 2. Rate them. An answer that was cut off is wrong, here and in evaluation: it gets 0, and
         #    stays in the loss.
@@ -276,13 +275,13 @@ def main(argv=None):
         rewards = torch.stack([outcome, args.penalty * repeated])                      # (M, B, T)
         rewards = rewards.clamp(-10, 10)
         exceeded = rollout.lengths + args.margin >= args.max_new_tokens                # (B,)
-        num_answers = total(len(mask))
+        num_drawn = total(len(mask))
         share_repeated, _ = mean_and_variance(repeated, mask)
         metrics = {
-            "score": total(rewards) / num_answers,
-            "exceeded": total(exceeded) / num_answers,
+            "score": total(rewards) / num_drawn,
+            "exceeded": total(exceeded) / num_drawn,
             "repeated": share_repeated}
-        if step == 0:  # else the critic's first updates all go into this one number
+        if step == 0:  # otherwise the critic spends its first updates on learning this mean
             returns = discounted_returns(rewards, gammas, mask)                        # (B, T)
             mean, _ = mean_and_variance(returns, mask)
             critic.offset.fill_(mean)
@@ -290,19 +289,19 @@ def main(argv=None):
         # 4. What policy and critic say before the update. The KL (k1) to the initial model is a
         #    negative reward of each token, an equal part of it in each of the M rewards.
         old_logp = old_logprobs(
-            model, rollout, all_rows, budget, args.temperature)                        # (B, T)
+            model, rollout, rows, args.micro_batch_tokens, args.temperature)    # (B, T)
         old_values = torch.zeros_like(mask)                                            # (B, T)
         with torch.no_grad():
-            for part in micro_batches(rollout, all_rows, budget):
+            for part in micro_batches(rollout, rows, args.micro_batch_tokens):
                 old_values[part] = token_values(critic, rollout[part])
         if reference is not None:
             with adapters_off(reference):
                 ref_logp = old_logprobs(
-                    reference, rollout, all_rows, budget, args.temperature)            # (B, T)
+                    reference, rollout, rows, args.micro_batch_tokens, args.temperature)  # (B, T)
             log_ratio = old_logp - ref_logp                                            # (B, T)
             cost = args.kl_coef * log_ratio / len(rewards)                             # (B, T)
             rewards = rewards - cost                                                   # (M, B, T)
-            metrics["kl"] = total(log_ratio) / num_answers
+            metrics["kl"] = total(log_ratio) / num_drawn
 
         # 5. Returns and advantages, §4.6, which are whitened: mean 0, variance 1.
         returns = discounted_returns(rewards, gammas, mask)                            # (B, T)
@@ -317,11 +316,11 @@ def main(argv=None):
         #    are per answer first, then over the answers of the update.
         parts = []
         grad_norms = []
-        for rows in all_rows.chunk(args.updates_per_rollout):
-            num_rows = total(len(rows))
-            for part in micro_batches(rollout, rows, budget):
+        for update in rows.chunk(args.updates_per_rollout):                            # row numbers
+            num_answers = total(len(update))
+            for part in micro_batches(rollout, update, args.micro_batch_tokens):
                 batch = rollout[part]                                                  # b answers
-                divisor = num_rows * batch.lengths[:, None]                            # (b, 1)
+                divisor = num_answers * batch.lengths[:, None]                         # (b, 1)
                 logp = response_logprobs(model, batch, args.temperature)               # (b, T)
                 loss, found = ppo_loss(
                     logp, old_logp[part], advantages[part], batch.mask,

@@ -13,6 +13,7 @@ the final norm (the logit lens), and its size.
 A token costs 12 L * 2 D V FLOPs, far more than the blocks themselves: --tokens pools some.
 Axes: B answers, S prompt and answer tokens, N tokens in a row, L blocks, V vocabulary, D width.
 """
+import argparse
 import copy
 import json
 import math
@@ -25,7 +26,7 @@ import torch
 from analysis.plot import COLOURS, DASHES, pyplot
 from common.data import drop_long_prompts, encode_prompt, load_problems, write_whole
 from common.distributed import rank
-from common.flags import BOXED, BadInput, Parser, exit_on_bad_input, flag, parse_args
+from common.flags import BOXED, BadInput, exit_on_bad_input, flag, parse_args
 from common.internal_policy import (
     block_streams,
     boundary_layer,
@@ -237,7 +238,7 @@ REAL = {"system": BOXED, "max_new_tokens": 1024, "tokens": 20000, "micro_batch_t
 
 def several_models(argv: list[str]) -> tuple[list[str], list[str]]:
     """`--model A B C` -> the names, each once, and the arguments with --model A alone."""
-    parser = Parser(add_help=False)
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
     parser.add_argument("--model", nargs="+", action="extend", default=[])
     given, rest = parser.parse_known_args(argv)
     names = list(dict.fromkeys(given.model or ["tiny"]))

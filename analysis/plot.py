@@ -11,7 +11,7 @@ import math
 import pathlib
 import statistics
 
-from common.flags import BadInput, Parser, exit_on_bad_input
+from common.flags import BadInput, exit_on_bad_input, new_parser
 
 COLOURS = {
     "grpo": "#0072B2",
@@ -188,7 +188,7 @@ def plot_runs(groups: dict[str, list[dict]], path: pathlib.Path) -> None:
 
 @exit_on_bad_input()
 def main(argv=None):
-    parser = Parser(__doc__)
+    parser = new_parser(__doc__)
     parser.add_argument("runs", nargs="+", help="folders of runs")
     parser.add_argument("-o", "--output", help="the .png, .pdf or .svg to write; default, for one "
                         "run: curve.png in its folder")

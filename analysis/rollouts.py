@@ -14,7 +14,7 @@ import shutil
 import sys
 import textwrap
 
-from common.flags import BadInput, Parser, exit_on_bad_input
+from common.flags import BadInput, exit_on_bad_input, new_parser
 
 KINDS = {"step": int, "problem": (str, list), "reward": (int, float, type(None)),
          "length": int, "finished": bool, "text": str}
@@ -93,7 +93,7 @@ def report(rows: list[dict], width: int, lines: int) -> str:
 
 @exit_on_bad_input()
 def main(argv=None):
-    parser = Parser(__doc__)
+    parser = new_parser(__doc__)
     parser.add_argument("run", help="folder of a run")
     parser.add_argument("--step", type=int, help="this step alone")
     parser.add_argument("--problem", default="", help="problems that contain this text")

@@ -208,7 +208,7 @@ def encode_prompt(tokenizer, problem, system=""):
 def drop_long_prompts(tokenizer, rows, system, longest):
     """The rows whose prompt has at most `longest` tokens; the others are counted in a line.
 
-    A token has a byte or more, so a text of far fewer bytes is not encoded to find out.
+    A token is at least one byte, so a text of far fewer bytes need not be encoded.
     """
     kept = []
     for row in rows:

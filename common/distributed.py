@@ -28,7 +28,7 @@ def process_group():
     local_rank = int(os.environ["LOCAL_RANK"])
     if local_rank < torch.cuda.device_count():
         torch.cuda.set_device(local_rank)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    dist.init_process_group()  # gloo on CPUs, nccl on GPUs
     heard = sys.stdout if rank() == 0 else io.StringIO()
     try:
         with contextlib.redirect_stdout(heard):
@@ -106,7 +106,8 @@ def gather_rest(module):
 
 @contextlib.contextmanager
 def gathered(module):
-    """All weights stay gathered inside: nothing is sent, so ranks may run it differently often."""
+    """All weights stay gathered inside: nothing is sent, so ranks may run the model a different
+    number of times."""
     parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)

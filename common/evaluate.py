@@ -56,18 +56,18 @@ def evaluate(model, tokenizer, rows, reward, k, max_new_tokens, temperature=1.0,
             model, tokenizer, prompts, k,
             max_new_tokens, temperature, top_p,
             seed=seed + start)
-        lengths = rollout.lengths.view(-1, k).tolist()
-        finished = rollout.finished.view(-1, k).tolist()
         found = []
         for i, row in enumerate(mine):
-            texts = rollout.texts[i * k:(i + 1) * k]
+            own = slice(i * k, (i + 1) * k)
+            texts = rollout.texts[own]
+            finished = rollout.finished[own].tolist()
             rewards = [float(reward(text, row)) if ended else 0.0
-                       for text, ended in zip(texts, finished[i], strict=True)]
-            found.append({**row, "responses": texts, "lengths": lengths[i],
-                          "finished": finished[i], "rewards": rewards})
-        for of_ranks in zip(*everyone(found), strict=True):
+                       for text, ended in zip(texts, finished)]
+            found.append({**row, "responses": texts, "lengths": rollout.lengths[own].tolist(),
+                          "finished": finished, "rewards": rewards})
+        for of_ranks in zip(*everyone(found)):
             answers += of_ranks
-        del answers[start + len(batch):]  # the last problem, once more
+        del answers[start + len(batch):]  # repeats that only filled up the ranks
     by_problem = [statistics.fmean(row["rewards"]) for row in answers]
     average, error = mean_and_error(by_problem)
     right = [sum(reward >= 1 for reward in row["rewards"]) for row in answers]

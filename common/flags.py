@@ -62,13 +62,13 @@ class Shared:
 SHARED_REAL = {"system": BOXED, "micro_batch_tokens": 4096}  # defaults of larger models
 
 
-class Parser(argparse.ArgumentParser):
-    def __init__(self, description=None, add_help=True):
-        super().__init__(description=description, add_help=add_help, allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def error(self, message):
-        raise BadInput(message)
+def new_parser(description):
+    """Of a command line; without usage, so that an error is one line."""
+    return argparse.ArgumentParser(
+        description=description,
+        usage=argparse.SUPPRESS,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def parse_args(Args, real, description, argv=None):
@@ -78,7 +78,7 @@ def parse_args(Args, real, description, argv=None):
     at most half its context. Raises BadInput.
     """
     from common.models import SMALL, load_config  # here, since models.py imports BadInput
-    parser = Parser(description)
+    parser = new_parser(description)
     fields = dataclasses.fields(Args)
     for field in fields:
         options = {"type": field.type, "choices": field.metadata["choices"]}
@@ -114,8 +114,7 @@ def parse_args(Args, real, description, argv=None):
 def read_config(folder):
     """config.json of a run. Raises BadInput if it is not there or damaged."""
     try:
-        text = pathlib.Path(folder, "config.json").read_text(encoding="utf-8")
-        config = json.loads(text)
+        config = json.loads(pathlib.Path(folder, "config.json").read_text(encoding="utf-8"))
         return {**config, "flags": dict(config["flags"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(f"--resume {folder}: no run there, config.json cannot be read "
@@ -134,7 +133,7 @@ def load_reward(place):
 
 @contextlib.contextmanager
 def exit_on_bad_input():
-    """Around a script's main: its errors become one line, and torchrun's processes are joined.
+    """Around a script's main: its errors become one line; under torchrun, joins the process group.
 
     Exit code 2 for bad input, a library that is not installed, a full disk and memory that runs
     out, 130 for Ctrl-C.

@@ -2,7 +2,7 @@
 
 Block l = 1..L has the policy softmax(H^l E^T): the residual stream after the block, read by the
 unembedding E without the final norm (eq. 5). Attention and FFN are read in the same way, from what
-they add to the stream (eq. 6). Axes: B rows, S tokens, N tokens in a row, D width, V vocabulary,
+they add to the stream (eq. 6). Axes: B rows, S tokens, N tokens of all rows, D width, V vocabulary,
 L blocks.
 """
 import copy

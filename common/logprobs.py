@@ -2,7 +2,7 @@
 
     logp = response_logprobs(model, rollout)            # (B, T), nats, 0 outside the answers
 
-Axes: B answers, T answer tokens, S prompt and answer tokens, N answer tokens in a row, D width,
+Axes: B answers, T answer tokens, S prompt and answer tokens, N answer tokens of all rows, D width,
 V vocabulary. Rows are padded on the right, where a causal model never looks, so no attention mask
 is needed. Only the states that predict answer tokens meet the vocabulary, a chunk at a time.
 """
@@ -35,17 +35,9 @@ def token_logprobs(hidden, weight, targets, temperature=1.0, chunk=None):
     chunk = chunk or max(1, 2**26 // len(weight))
     if len(hidden) <= chunk:  # a single chunk gains nothing from being computed twice
         return chunk_logprobs(hidden, weight, targets, temperature)
-    parts = []
-    for states, tokens in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-        part = checkpoint(
-            chunk_logprobs,
-            states,
-            weight,
-            tokens,
-            temperature,
-            use_reentrant=False)                                                # (n,), (n,)
-        parts.append(part)
-    logps, entropies = zip(*parts, strict=True)
+    parts = [checkpoint(chunk_logprobs, states, weight, tokens, temperature, use_reentrant=False)
+             for states, tokens in zip(hidden.split(chunk), targets.split(chunk))]
+    logps, entropies = zip(*parts)                                              # (n,) each
     return torch.cat(logps), torch.cat(entropies)
 
 
@@ -69,7 +61,7 @@ def response_logprobs(model, rollout, temperature=1.0, trunk=None):
     inside = rollout.mask.bool()                                                # (B, T), N True
     with autocast(model):
         hidden = states_before_answers(model, rollout, trunk)                   # (N, D)
-        weight = model.lm_head.weight                                # (V, D)
+        weight = model.lm_head.weight                                           # (V, D)
         targets = rollout.tokens[inside]                                        # (N,)
         logp, _ = token_logprobs(hidden, weight, targets, temperature)          # (N,)
     zeros = torch.zeros_like(rollout.mask)                                      # (B, T)
@@ -80,7 +72,7 @@ def response_logprobs(model, rollout, temperature=1.0, trunk=None):
 def old_logprobs(model, rollout, rows, budget, temperature=1.0, trunk=None):
     """response_logprobs without gradient, a micro-batch at a time -> (B, T), 0 but in `rows`."""
     logp = torch.zeros_like(rollout.mask)                                       # (B, T)
-    with gathered(model):  # no backward pass follows that would split it again
+    with gathered(model):  # without a backward pass FSDP would leave the weights gathered
         for part in micro_batches(rollout, rows, budget):
             batch = rollout[part]                                               # b answers
             logp[part] = response_logprobs(model, batch, temperature, trunk)    # (b, T)
@@ -107,7 +99,7 @@ def micro_batches(rollout, rows, budget):
 
 def largest_gap(logp, rollout):
     """The largest difference of the trainer's log-probs (B, T) from the sampler's, nats."""
-    gaps = (logp.detach() - rollout.logp).abs() * rollout.mask                  # (B, T)
+    gaps = (logp - rollout.logp).abs() * rollout.mask                  # (B, T)
     return gaps.max().item() if gaps.numel() else 0.0
 
 
@@ -115,9 +107,9 @@ def largest_gap(logp, rollout):
 def check_model(model, tokenizer, prompt, trained=True):
     """BadInput if the model cannot be sampled, or would be trained as another function.
 
-    The sampler, which calls the model's own forward, says a few tokens behind a prompt (token ids)
-    and behind its end; the trainer, which does not, must have the same log-probs. The output may be
-    scaled, capped or biased, the cache of another kind, the tokenizer that of another model.
+    Samples a few tokens after the prompt (token ids) and after its last two, with the model's own
+    forward; the trainer's log-probs of them must agree. They do not if the output is scaled, capped
+    or biased.
     """
     name = type(model).__name__
     try:

@@ -77,7 +77,7 @@ def load_model(args, trained=True, name=None, split=True):
 
     trained: weights in float32, or with args.lora_rank float32 adapters on a base in the compute
     dtype. Otherwise frozen, in the compute dtype. On several ranks the weights are split, unless
-    the caller does that. Except on a CPU, the backward pass computes each block again, which takes
+    split is False. Except on a CPU, the backward pass computes each block again, which takes
     1.2 times the time and a fraction of the memory. Raises BadInput.
     """
     name = name or args.model
@@ -98,18 +98,21 @@ def load_model(args, trained=True, name=None, split=True):
     no_dropout(model)
     model.generation_config.do_sample = True  # without it transformers saves no temperature
     model.compute_dtype = compute
-    model.adapters = []  # what peft wraps around a model with adapters; no part of the model
+    model.adapters = []  # peft's wrapper, in a list so that it is no submodule
     model.requires_grad_(trained)
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         spare = min(torch.get_num_threads(), max(1, os.cpu_count() - 1))
         small = model.config.hidden_size <= SMALL
-        torch.set_num_threads(1 if small else spare)  # all crawl where a program holds one core
+        torch.set_num_threads(1 if small else spare)  # all wait for one whose core is taken
     if trained and device.type != "cpu":
         model.activation_checkpointing_enable({"use_reentrant": False})
     if size() == 1:
         model.to(device)
     if adapters:
-        model.adapters.append(add_adapters(model, args.lora_rank))
+        from peft import LoraConfig, get_peft_model  # slow to import
+        rank = args.lora_rank
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+        model.adapters.append(get_peft_model(model, config))  # changes the model in place
     if size() > 1 and split:
         shard(model, model.model.layers, device, compute)
         with torch.no_grad():  # the first forward tells FSDP which part is the root
@@ -126,14 +129,6 @@ def no_dropout(model):
         for name, value in vars(module).items():
             if "dropout" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
-
-
-def add_adapters(model, rank):
-    """Puts low-rank adapters (peft) on all linear maps of the blocks, in place; only they are
-    trained. -> the wrapper that can save them and switch them off."""
-    from peft import LoraConfig, get_peft_model  # slow to import
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
-    return get_peft_model(model, config)
 
 
 def compute_dtype(model):

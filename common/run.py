@@ -9,8 +9,8 @@
 
 Nothing random is kept between steps: data order and answers follow from (seed, step). So a
 checkpoint is weights, moments and what has been logged, and on a CPU a resumed run ends with the
-very weights of an uninterrupted one. Every file is written beside its place and renamed into it,
-so it is whole whatever moment a run dies at.
+very weights of an uninterrupted one. Every file but those of model/ is written under another name
+and renamed, so a kill leaves the old one or the new one.
 """
 import importlib
 import itertools
@@ -39,9 +39,8 @@ from common.flags import BadInput, read_config
 from common.logprobs import check_model
 from common.models import end_of_turn, load_model, load_tokenizer, memory_estimate
 
-CODE = pathlib.Path(__file__).parent
 EVAL_K = 8   # answers to each held-out problem
-SAVES = 10   # checkpoints in a run, evenly spaced; the last one stays
+SAVES = 10   # checkpoints in a run, evenly spaced; only the newest is kept
 SHOWN = 4    # answers per step in rollouts.jsonl
 FIXED = ("script", "model", "seed", "lora_rank", "layer", "data_hash")  # --resume keeps these
 
@@ -70,11 +69,12 @@ class Run:
         if args.track:
             importlib.import_module(args.track)  # if it is not there, that is known at once
         train, held_out = load_train_and_eval(args)
+        here = pathlib.Path(__file__).parent
         self.config = {
             "script": name,
             "command": sys.argv,
             "data_hash": fingerprint(train, held_out),
-            "commit": subprocess.getoutput(f"git -C '{CODE}' rev-parse HEAD"),  # or why none
+            "commit": subprocess.getoutput(f"git -C '{here}' rev-parse HEAD"),  # or why none
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
             "flags": vars(args)}
         if args.resume:
@@ -85,7 +85,7 @@ class Run:
         longest = self.model.config.max_position_embeddings - args.max_new_tokens
         self.train = drop_long_prompts(self.tokenizer, train, args.system, longest)
         self.held_out = drop_long_prompts(self.tokenizer, held_out, args.system, longest)
-        self.describe()
+        self.check_and_print()
 
     def resume(self):
         """Reads config.json and checkpoint. BadInput if they are damaged or another run's."""
@@ -103,9 +103,9 @@ class Run:
         except FileNotFoundError:
             pass  # killed before the first one: starts from the beginning
         except Exception as error:  # a damaged file fails in any way it likes
-            raise BadInput(f"{place}: cannot be gone on with ({type(error).__name__})") from error
+            raise BadInput(f"{place}: cannot be resumed from ({type(error).__name__})") from error
 
-    def describe(self):
+    def check_and_print(self):
         """Checks the model on the first prompt, prints that, model, data, memory."""
         prompt = self.encode(self.train[:1])[0]
         check_model(self.model, self.tokenizer, prompt)
@@ -173,7 +173,7 @@ class Run:
         except (ValueError, RuntimeError) as error:  # fewer tensors, other shapes
             raise BadInput(f"--resume {self.folder}: its checkpoint is another model's") from error
         self.tensors = []  # closes the file
-        print(f"going on from step {done} of {self.args.steps} in {self.folder}")
+        print(f"resuming at step {done} of {self.args.steps} in {self.folder}")
 
     def write(self, name, text):
         if rank() == 0:
@@ -185,14 +185,14 @@ class Run:
 
         problems: the rows that rollout answers. It adds length, share cut off and entropy (nats,
         mean over tokens); rewards (P, G) their mean and the share of groups without signal.
-        parts: metrics of micro-batches, which add up over an update; the largest of those in
-        _max. grad_norms: one per update.
+        parts: metrics of micro-batches, summed over an update; of names ending in _max the
+        largest is taken. grad_norms: one per update.
         """
         done = step + 1
         row = {"step": done, **values, "seconds": time.perf_counter() - self.started}
         if rewards is not None:
             row["reward"] = mean(rewards)
-            row["no_signal"] = mean(rewards.max(1).values == rewards.min(1).values)
+            row["no_signal"] = mean(rewards.amax(1) == rewards.amin(1))
         if rollout is not None:
             tokens = total(rollout.lengths)
             row["length"] = mean(rollout.lengths)
@@ -216,7 +216,7 @@ class Run:
         if rollout is not None:
             self.write("rollouts.jsonl", json_lines(self.answers))
         if self.track:
-            self.track({name: x for name, x in row.items() if x is not None}, step=done)
+            self.track(row, step=done)
         shown = ("reward", "loss", "length", "entropy", "tokens_per_second")
         self.bar.set_postfix({name: f"{row[name]:.3g}" for name in shown if name in row})
         self.bar.update()
@@ -264,7 +264,7 @@ class Run:
             return
         tensors = []
         for tensor in self.kept:
-            saved = {"value": tensor.data, **self.optimizer.state.get(tensor, {})}
+            saved = {"value": tensor.data, **self.optimizer.state[tensor]}
             tensors.append({name: whole(value) for name, value in saved.items()})
         if rank() > 0:
             return
@@ -307,10 +307,7 @@ def save_model(folder, model, tokenizer, args):
     """
     dtype = model.compute_dtype
     saved = model.adapters[0] if model.adapters else model
-    state = {}
-    for name, weight in saved.state_dict().items():
-        if "lora_" in name or not model.adapters:
-            state[name] = whole(weight.to(dtype))
+    state = {name: whole(weight.to(dtype)) for name, weight in saved.state_dict().items()}
     if rank() > 0:
         return
     if model.config.tie_word_embeddings:

@@ -30,7 +30,7 @@ class Rollout:
     tokens: torch.Tensor       # (B, T) answer ids, the stop token included, 0 behind it
     lengths: torch.Tensor      # (B,)   tokens of each answer
     logp: torch.Tensor         # (B, T) log-probs of the tokens when they were drawn, nats
-    entropy: torch.Tensor      # (B, T) of the distributions they were drawn from, nats
+    entropy: torch.Tensor      # (B, T) of the model's distribution at each token, nats
     finished: torch.Tensor     # (B,)   False: cut off at max_new_tokens
     texts: list[str]           # B decoded answers, special tokens left out
 
@@ -94,14 +94,14 @@ def sample(model, tokenizer, prompts, n, max_new_tokens, temperature=1.0, top_p=
     rollout.tokens = rollout.tokens[:, :T]
     rollout.logp = rollout.logp[:, :T]
     rollout.entropy = rollout.entropy[:, :T]
-    pairs = zip(rollout.tokens.tolist(), rollout.lengths.tolist(), strict=True)
+    pairs = zip(rollout.tokens.tolist(), rollout.lengths.tolist())
     answers = [row[:length] for row, length in pairs]
     rollout.texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
     return rollout
 
 
 class Cache(DynamicCache):
-    """Keeps keys in the dtype of values, as attention reads them: autocast leaves them in float32,
+    """Keeps keys in the dtype of values, as attention reads them: autocast leaves keys in float32,
     which is twice the memory and a copy of all of them per token."""
 
     def update(self, key, value, *rest, **named):
@@ -113,7 +113,7 @@ def decode(lm, rollout, running, n, noise, stop, temperature, top_p):
     """Fills in the rows `running` (R,) of a rollout of n answers per prompt, until all have
     stopped; noise (B, T) in [0, 1), stop: token ids.
 
-    Without inference_mode, in which autocast would cast the weights anew for each token.
+    no_grad, not inference_mode: under that, autocast would cast the weights again for every token.
     """
     # 1. Read each prompt once, padded on the left, and copy its cache to its answers.
     asked, owner = (running // n).unique(return_inverse=True)            # (P,), (R,)
@@ -125,13 +125,7 @@ def decode(lm, rollout, running, n, noise, stop, temperature, top_p):
     visible = (ids >= 0).long()                                          # (P, S)
     position = visible.cumsum(1) - 1                                     # (P, S)
     cache = Cache(config=lm.config)
-    output = lm(
-        ids.clamp(min=0),
-        visible,
-        position,
-        cache,
-        use_cache=True,
-        logits_to_keep=1)
+    output = lm(ids.clamp(min=0), visible, position, cache, logits_to_keep=1)
     logits = output.logits[owner, -1]                                    # (R, V)
     cache.batch_select_indices(owner)
     visible = visible[owner]                                             # (R, S)
@@ -165,12 +159,13 @@ def decode(lm, rollout, running, n, noise, stop, temperature, top_p):
             break
         visible = F.pad(visible, (0, 1), value=1)                        # (R, S)
         position = visible.sum(1, keepdim=True) - 1                      # (R, 1)
-        output = lm(token[:, None], visible, position, cache, use_cache=True)
+        output = lm(token[:, None], visible, position, cache)
         logits = output.logits[:, -1]                                    # (R, V)
 
 
 def pick(probs, noise):
-    """The first token at which the running sum of probs (R, V) exceeds noise (R,) -> (R,).
+    """The first token at which the running sum of probs (R, V) exceeds noise (R,) times their total
+    -> (R,).
 
     probs need not be normalised; sums are in noise's dtype. A row with a NaN gives the last token.
     """
@@ -184,15 +179,15 @@ def join(rollout):
     """Prompts and answers as rows that are padded on the right -> ids (B, S), predicts (B, S).
 
     predicts is True where the *next* token belongs to the answer, so hidden[predicts] (N, D) are
-    the states that predict the answers' tokens, row after row. No row at all becomes one of a
-    single token that predicts nothing.
+    the states that predict the answers' tokens, row after row. An empty rollout becomes one row of
+    one token that predicts nothing, so that a rank with fewer micro-batches still takes part.
     """
     if not rollout.prompts:
         nothing = rollout.tokens.new_zeros(1, 1)
         return nothing, nothing.bool()
     ids = []
     predicts = []
-    answers = zip(rollout.prompts, rollout.tokens, rollout.lengths.tolist(), strict=True)
+    answers = zip(rollout.prompts, rollout.tokens, rollout.lengths.tolist())
     for prompt, answer, length in answers:
         row = torch.cat([answer.new_tensor(prompt), answer[:length]])
         next_is_answer = torch.zeros_like(row).bool()

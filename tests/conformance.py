@@ -31,7 +31,7 @@ import torch
 
 sys.path.insert(1, str(pathlib.Path(__file__).parents[1]))
 sys.path.append("")
-from common.flags import BadInput, Parser, exit_on_bad_input
+from common.flags import BadInput, exit_on_bad_input, new_parser
 
 ANY = None  # a position whose value another case looks at
 
@@ -224,7 +224,7 @@ def load(place: str):
 
 @exit_on_bad_input()
 def main(argv=None) -> int:
-    parser = Parser(__doc__)
+    parser = new_parser(__doc__)
     parser.add_argument("loss", help="module:callable, as the others")
     for name in ("advantages", "kl-loss", "kl-value", "logprobs"):
         parser.add_argument(f"--{name}")

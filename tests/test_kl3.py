@@ -248,11 +248,11 @@ def test_how_far_a_rollout_s_updates_move_the_policy(tmp_path):
     assert row["kl3"] == pytest.approx(sum(values) / len(values), rel=1e-3)
 
 
-@pytest.mark.parametrize("flags", ["--delta -1", "--measure k3", "--clip-low 2", "--group-size 1"])
+@pytest.mark.parametrize("flags", ["--delta -1", "--measure k3", "--clip-low 1", "--group-size 1"])
 def test_bad_input(flags, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         kl3_grpo.main([*flags.split(), "--output", str(tmp_path / "run")])
     error = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2
-    assert len(error) == 1 and error[0].startswith("error: ")
+    assert len(error) == 1 and "error: " in error[0]
     assert not (tmp_path / "run").exists()

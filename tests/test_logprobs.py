@@ -197,15 +197,15 @@ def test_rows_line_up_with_the_rollout():
 
 def update_gradients(model, rollout, budget, aggregation="token", temperature=1.0):
     """Gradients of a whole GRPO update, cut into micro-batches by the budget."""
-    denominator = grpo.token_denominator(aggregation, rollout.lengths, 6)
+    num_tokens = int(rollout.lengths.sum())
     model.zero_grad()
     parts = micro_batches(rollout, ALL, budget)
     for part in parts:
         batch = rollout[part]
         logp = response_logprobs(model, batch, temperature)
         old = logp.detach() + 0.05
-        loss, _ = grpo.grpo_loss(logp, old, ADVANTAGES[part], batch.mask,
-                                 denominator=denominator[part])
+        denominator = grpo.token_denominator(aggregation, batch.lengths, 4, num_tokens, 6)
+        loss, _ = grpo.grpo_loss(logp, old, ADVANTAGES[part], batch.mask, denominator=denominator)
         loss.backward()
     return len(parts), torch.cat([p.grad.flatten() for p in model.parameters()])
 

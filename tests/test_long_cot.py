@@ -326,7 +326,7 @@ def test_end_to_end(uninterrupted, tmp_path):
     assert {"reflection_before", "reflection_after", "avg_at_k_after"} <= summary.keys()
     tokenizer = load_tokenizer("tiny")
     tokens = sum(len(tokenizer(text)["input_ids"]) + 1 for text in texts)
-    assert rows[-1]["tokens_seen"] == summary["traces"]["tokens"] == tokens
+    assert summary["traces"]["tokens"] == tokens
     assert len(rows) == math.ceil(len(texts) / 4) and rows[0]["lr"] == 1e-3
     assert len(load_problems(str(folder / "traces.jsonl"))) == 6
 
@@ -387,7 +387,7 @@ def test_resume_gives_the_very_weights(name, call, left, uninterrupted, tmp_path
     one, two = (load_file(run / "model" / "model.safetensors") for run in (folder, traces.parent))
     assert all(torch.equal(one[name], two[name]) for name in one)
     for row, other in zip(whole, lines_of(tmp_path / "cut" / "metrics.jsonl"), strict=True):
-        assert all(row[name] == other[name] for name in ("step", "loss", "tokens_seen", "lr"))
+        assert all(row[name] == other[name] for name in ("step", "loss", "lr"))
     summaries = [json.loads((run / "summary.json").read_text()) for run in (folder, traces.parent)]
     assert all({**summary, "seconds": 0} == {**summaries[0], "seconds": 0} for summary in summaries)
 
@@ -397,7 +397,7 @@ def refused(flags, capsys):
     with pytest.raises(SystemExit) as stop:
         long_cot_sft.main([*map(str, flags)])
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert stop.value.code == 2 and said.startswith("error: ")
+    assert stop.value.code == 2 and "error: " in said
     return said
 
 

@@ -110,7 +110,7 @@ def test_aggregation():
     logp, advantages = torch.zeros(2, 4), torch.tensor([-1.0, -5.0])
     lengths = torch.tensor([4, 1])
     for how, value in (("token", 1.8), ("sequence", 3.0), ("constant", 1.125)):
-        denominator = grpo.token_denominator(how, lengths, 4)
+        denominator = grpo.token_denominator(how, lengths, 2, 5, 4)
         loss, _ = grpo.grpo_loss(logp, logp, advantages, mask, denominator=denominator)
         assert loss.item() == pytest.approx(value)
     for module in (grpo, bupo):
@@ -120,14 +120,12 @@ def test_aggregation():
 
 
 def test_token_denominator():
-    """Answers of 4, 1 and 0 tokens. token: 5 for each; sequence: 3 x 4, 3 x 1, and 1 instead of 0;
-    constant with longest 10: 3 x 10."""
-    lengths = torch.tensor([4, 1, 0])
-    for how, column in (("token", [5, 5, 5]), ("sequence", [12, 3, 1]), ("constant", [30, 30, 30])):
-        denominator = grpo.token_denominator(how, lengths, 10)
-        assert denominator.shape == (3, 1)
-        assert denominator[:, 0].tolist() == column
-    assert grpo.token_denominator("token", lengths * 0, 10).tolist() == [[1], [1], [1]]
+    """Two answers, of 4 and 1 tokens, in an update of 3 answers and 12 tokens, of which the longest
+    may have 10. token: 12; sequence: 3 x 4 and 3 x 1; constant: 3 x 10."""
+    lengths = torch.tensor([4, 1])
+    assert grpo.token_denominator("token", lengths, 3, 12, 10) == 12
+    assert grpo.token_denominator("sequence", lengths, 3, 12, 10).tolist() == [[12], [3]]
+    assert grpo.token_denominator("constant", lengths, 3, 12, 10) == 30
 
 
 @both

@@ -15,7 +15,7 @@ NAMES = {
         "grpo_loss(logp, old_logp, advantages, mask, clip_low=0.2, clip_high=0.2, dual_clip=None, "
         "denominator=None)",
         "kl_loss(logp, ref_logp, old_logp, mask, denominator)",
-        "token_denominator(how, lengths, max_new_tokens)"],
+        "token_denominator(how, lengths, num_answers, num_tokens, max_new_tokens)"],
     "bupo": [
         "group_advantages(rewards, eps=1e-06)",
         "grpo_loss(logp, old_logp, advantages, mask, clip_low=0.2, clip_high=0.2, "

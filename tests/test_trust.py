@@ -195,9 +195,9 @@ def text_in(name, text):
 
 
 DAMAGE = {
-    "half a checkpoint": (half_of("checkpoint.pt"), "cannot be gone on with"),
-    "no checkpoint but text": (text_in("checkpoint.pt", "hello"), "cannot be gone on with"),
-    "a pickle that runs code": (attack, "cannot be gone on with"),
+    "half a checkpoint": (half_of("checkpoint.pt"), "cannot be resumed from"),
+    "no checkpoint but text": (text_in("checkpoint.pt", "hello"), "cannot be resumed from"),
+    "a pickle that runs code": (attack, "cannot be resumed from"),
     "half a config": (half_of("config.json"), "config.json"),
     "a config that is a list": (text_in("config.json", "[]"), "config.json"),
 }
