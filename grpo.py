@@ -12,7 +12,7 @@ Deviations from the paper, and why:
 1. The loss is a mean over all tokens of an update, not per answer first, so that micro-batches
    change nothing; --aggregation sequence is the paper's, constant is Dr. GRPO's.
 2. Each rollout makes one update (the paper's authors: several), so every ratio is 1 and nothing is
-   clipped; with --updates-per-rollout N each of N updates takes its own N-th of the answers.
+   clipped; with --updates-per-rollout N each of N updates takes its own N-th of the problems.
 3. No KL to a reference unless --kl-coef; it is estimated by k2, whose gradient is unbiased, while
    that of the paper's k3 is not.
 4. An answer that was cut off at --max-new-tokens is wrong, whatever it says: its reward is 0, and

@@ -78,7 +78,7 @@ def probe(run) -> dict:
         run.fixed = right_answers(own, rows)
     fixed = run.fixed
     logp = response_logprobs(run.model, fixed)                                  # (b, T)
-    ids, predicts = join(fixed)            # (b, S) each
+    ids, predicts = join(fixed)                                                 # (b, S) each
     streams = block_outputs(run.model, ids, predicts)
     cosine = []
     for x in streams:

@@ -124,7 +124,7 @@ def rollout_view(model, rollout, budget: int, tokens: int = 0, seed: int = 0) ->
     view = {}
     for part in rows.split(max(1, budget // longest)):
         batch = rollout[part]
-        ids, predicts = join(batch)        # (b, S) each
+        ids, predicts = join(batch)                                             # (b, S) each
         predicts[predicts.clone()] = chosen[part][inside[part]]
         share = predicts.sum().item() / pooled
         found = internal_view(model, ids, None, predicts)

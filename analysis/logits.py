@@ -75,7 +75,7 @@ def logit_statistics(model, rollout, budget, temperature=0.6, top_k=50) -> dict[
         with autocast(model):
             hidden = states_before_answers(model, rollout[part])                # (N, D)
             for states in hidden.split(max(1, 2**24 // V)):                     # (n, D)
-                logits = model.lm_head(states).float()                             # (n, V)
+                logits = model.lm_head(states).float()                          # (n, V)
                 raw.add(logits)
                 largest.add(logits.topk(min(top_k, V)).values / temperature)    # (n, k)
     return {"raw": raw.found(), "top_k": largest.found()}

@@ -65,12 +65,12 @@ def inside(name: str, problems: list[dict]) -> dict:
     tokenizer = load_tokenizer(name)
     prompts = [encode_prompt(tokenizer, row["problem"], BOXED) for row in problems]
     rollout = sample(frozen(name, "bfloat16", "cpu"), tokenizer, prompts, 1, 160, seed=0)
-    ids, predicts = join(rollout)      # (B, S) each
+    ids, predicts = join(rollout)                                               # (B, S) each
     seeded = torch.Generator().manual_seed(0)
     order = torch.randperm(int(predicts.sum()), generator=seeded)
     predicts[predicts.clone()] = order < TOKENS
     model = frozen(name, "float32", "cpu")
-    final = model.model(ids, use_cache=False).last_hidden_state[predicts]          # (N, D)
+    final = model.model(ids, use_cache=False).last_hidden_state[predicts]       # (N, D)
     size = final.pow(2).mean().sqrt()
     blocks = []
 
@@ -137,12 +137,12 @@ def look(model, tokenizer, problems: list[dict], system: str, length: int) -> di
 @torch.no_grad()
 def skewness(model, rollout) -> float:
     """Of all logits at a token, mean over answer tokens: m3 / m2^1.5."""
-    ids, predicts = join(rollout)      # (B, S) each
+    ids, predicts = join(rollout)                                               # (B, S) each
     values = []
     with autocast(model):
         for row, inside in zip(ids, predicts, strict=True):
             hidden = model.model(row[None], use_cache=False).last_hidden_state[0, inside]  # (T, D)
-            logits = model.lm_head(hidden).float()                                         # (T, V)
+            logits = model.lm_head(hidden).float()                              # (T, V)
             centred = logits - logits.mean(-1, keepdim=True)
             values.append((centred**3).mean(-1) / centred.square().mean(-1) ** 1.5)     # (T,)
     return torch.cat(values).mean().item()

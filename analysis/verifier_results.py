@@ -13,10 +13,11 @@ import re
 
 from analysis import experiment as ex
 from analysis.internal import Args
-from common.data import encode_prompt, load_problems
+from common.data import encode_prompt
 from common.evaluate import evaluate
 from common.models import load_model, load_tokenizer
 from common.sampling import sample
+from common.tiny.arithmetic import arithmetic_problems
 from common.verify import extract_answer
 
 FOLDER = ex.ROOT / "runs" / "analysis" / "verifier"
@@ -54,7 +55,7 @@ def write_traces(count: int = 10_000) -> None:
     """The embedded model's own answers, every fifth replaced by the question in a box."""
     tokenizer = load_tokenizer("tiny")
     model = load_model(Args(device="cpu"), trained=False)
-    rows = load_problems("arithmetic", seed=77, count=count)
+    rows = arithmetic_problems(count, held_out=False, seed=77)
     prompts = [encode_prompt(tokenizer, row["problem"]) for row in rows]
     texts = sample(model, tokenizer, prompts, 1, 80, seed=5).texts
     lines = []

@@ -36,6 +36,8 @@ def read_rows(name, split):
             from pyarrow import parquet
             with path.open("rb") as file:
                 rows = Dataset(parquet.read_table(file))
+        elif path.is_file():
+            raise ValueError("give a .jsonl, .json or .parquet file")
         else:
             from datasets import load_dataset
             hub_id, config, own_split = (name.split(":") + ["", ""])[:3]

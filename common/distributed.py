@@ -28,7 +28,7 @@ def process_group():
     local_rank = int(os.environ["LOCAL_RANK"])
     if local_rank < torch.cuda.device_count():
         torch.cuda.set_device(local_rank)
-    dist.init_process_group()  # gloo on CPUs, nccl on GPUs
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     heard = sys.stdout if rank() == 0 else io.StringIO()
     try:
         with contextlib.redirect_stdout(heard):

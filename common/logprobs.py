@@ -112,13 +112,16 @@ def check_model(model, tokenizer, prompt, trained=True):
     or biased.
     """
     name = type(model).__name__
+    if max(prompt) >= model.config.vocab_size:
+        raise BadInput(f"the tokenizer is another model's: the prompt has the token {max(prompt)}")
     try:
         rollout = sample(model, tokenizer, [prompt, prompt[-2:]], 1, 4, alone=True)
         with gathered(model):  # split again at its end, as an optimiser wants it
             logp = response_logprobs(model, rollout)                            # (2, T)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # each architecture fails in its own way
-        raise BadInput(f"{name} is not supported (Qwen2, Qwen3, Llama, Mistral and their kin are), "
-                       f"or the tokenizer is another model's: {error}") from error
+        raise BadInput(f"{name} is not supported: {error}") from error
     gap = largest_gap(logp, rollout)
     allowed = 1e-3 if compute_dtype(model) == torch.float32 else 1.0
     if trained and not gap < allowed:  # NaN is refused, too

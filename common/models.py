@@ -32,7 +32,7 @@ def model_path(name):
     if (folder / "adapter_config.json").is_file():
         raise BadInput(f"--model {name}: adapters alone; --merge writes a whole model, or give its "
                        "folder merged/")
-    return folder.as_posix()
+    return folder.as_posix() if folder.exists() else name
 
 
 def from_pretrained(loader, name, **kwargs):
@@ -95,6 +95,9 @@ def load_model(args, trained=True, name=None, split=True):
     if missing:
         raise BadInput(f"--model {name}: {len(missing)} weights are not in its files, {missing[0]} "
                        "for one")
+    if not hasattr(model, "lm_head") or not hasattr(getattr(model, "model", None), "layers"):
+        raise BadInput(f"{type(model).__name__} is not supported: it has no model.layers and "
+                       "lm_head (Qwen2, Qwen3, Llama, Mistral and their kin have)")
     no_dropout(model)
     model.generation_config.do_sample = True  # without it transformers saves no temperature
     model.compute_dtype = compute

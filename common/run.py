@@ -63,9 +63,10 @@ class Run:
         if args.output and not args.resume and any(self.folder.glob("*")):
             raise BadInput(f"--output {self.folder}: holds something already; take another folder, "
                            f"or --resume {self.folder}")
-        if getattr(args, "prompts_per_step", 0) % size():
-            raise BadInput(f"--prompts-per-step {args.prompts_per_step}: must be divisible by the "
-                           f"number of processes, {size()}")
+        updates = size() * getattr(args, "updates_per_rollout", 1)
+        if getattr(args, "prompts_per_step", updates) % updates:
+            raise BadInput(f"--prompts-per-step {args.prompts_per_step}: must be divisible by "
+                           f"--updates-per-rollout x processes, {updates}")
         if args.track:
             importlib.import_module(args.track)  # if it is not there, that is known at once
         train, held_out = load_train_and_eval(args)
@@ -96,6 +97,7 @@ class Run:
             if had.get(name) != has.get(name):
                 raise BadInput(f"--resume {self.folder}: {name} is {had.get(name)} there and "
                                f"{has.get(name)} here, and must be the same")
+        self.config = {**self.config, **config, "flags": vars(self.args)}
         place = self.folder / "checkpoint.pt"
         try:
             state = torch.load(place, "cpu", weights_only=True, mmap=True)
@@ -115,6 +117,7 @@ class Run:
                   "template ends a turn")
         print(f"model: {self.args.model}, {self.model.num_parameters() / 1e6:.2f} M parameters, "
               f"{self.model.compute_dtype} on {self.model.device}")
+        print(f"{len(self.train)} problems to train on, {len(self.held_out)} held out")
         print(f"first prompt ({len(prompt)} tokens): {self.tokenizer.decode(prompt)!r} "
               f"-> gold {self.train[0]['answer']!r}")
         print(memory_estimate(self.model, self.args.micro_batch_tokens))
@@ -145,6 +148,7 @@ class Run:
         if self.tensors:
             self.restore()
         self.make_folder()
+        self.write_logs()  # without steps that are made again
         if self.held_out and "avg_at_k_before" not in self.summary:
             self.measure("before")
         first = len(self.rows)
@@ -179,6 +183,10 @@ class Run:
         if rank() == 0:
             write_whole(self.folder / name, text)
 
+    def write_logs(self):
+        self.write("metrics.jsonl", json_lines(self.rows))
+        self.write("rollouts.jsonl", json_lines(self.answers))
+
     def log(self, step, problems=(), rollout=None, rewards=None, parts=(), grad_norms=(),
             **values):
         """Writes a row of metrics of all ranks together and some answers, moves the bar, warns.
@@ -212,9 +220,7 @@ class Run:
         if every and done % every == 0 and done < self.args.steps and self.held_out:
             row["avg_at_k"] = self.measure(f"step {done}")["avg_at_k"]
         self.rows.append(row)
-        self.write("metrics.jsonl", json_lines(self.rows))
-        if rollout is not None:
-            self.write("rollouts.jsonl", json_lines(self.answers))
+        self.write_logs()
         if self.track:
             self.track(row, step=done)
         shown = ("reward", "loss", "length", "entropy", "tokens_per_second")
@@ -307,7 +313,10 @@ def save_model(folder, model, tokenizer, args):
     """
     dtype = model.compute_dtype
     saved = model.adapters[0] if model.adapters else model
-    state = {name: whole(weight.to(dtype)) for name, weight in saved.state_dict().items()}
+    state = {}
+    for name, weight in saved.state_dict().items():
+        if "lora_" in name or not model.adapters:
+            state[name] = whole(weight.to(dtype))
     if rank() > 0:
         return
     if model.config.tie_word_embeddings:

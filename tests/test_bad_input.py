@@ -35,7 +35,7 @@ TABLE = [
     (["a script"], "--micro-batch-tokens 0", "must be at least 1"),
     (RL, "--steps 0", "must be at least 1"),
     (RL, "--temperature 0", "must be at least 0.01"),
-    (RL, "--updates-per-rollout 0", "must be at least 1"),
+    (RL, "--updates-per-rollout 3", "must be divisible by --updates-per-rollout"),
     (["grpo", "bupo", "kl3_grpo"], "--group-size 1", "must be at least 2"),
     (["grpo"], "--advantage ppo", "invalid choice"),
     (["grpo"], "--clip-low 2", "must be at least 0 and at most 1"),

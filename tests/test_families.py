@@ -2,6 +2,8 @@
 
 The sampler's log-probs, the trainer's and the model's own forward are three ways to one number.
 """
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
@@ -10,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from common.flags import BadInput
 from common.logprobs import check_model, response_logprobs
+from common.models import load_model
 from common.sampling import sample
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
@@ -93,9 +96,18 @@ def test_what_would_be_another_function_is_refused(family):
         check_model(build(family, options), byte_level_tokenizer(), [20, 21, 22], trained=False)
 
 
+def test_several_towers_are_refused_at_load(tmp_path):
+    """Gemma 3's shape with its sizes in text_config alone, as on the hub."""
+    config = transformers.Gemma3Config(**TOWERS)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    args = SimpleNamespace(model=str(tmp_path), device="cpu", dtype="auto", lora_rank=0)
+    with pytest.raises(BadInput, match="no model.layers and lm_head"):
+        load_model(args)
+
+
 def test_a_tokenizer_of_another_model_is_refused():
     """Token 320 of a vocabulary of 0 to 319."""
-    with pytest.raises(BadInput, match="or the tokenizer is another model's"):
+    with pytest.raises(BadInput, match="another model's: the prompt has the token 320"):
         check_model(build("Llama", {}), byte_level_tokenizer(), [20, 320])
 
 

@@ -486,7 +486,7 @@ def assert_same(a, b):
     ("--penalty-gamma -0.1", "at least 0"), ("--ngram 0", "at least 1"),
     ("--critic-lr -1", "at least 0"), ("--margin -1", "at least 0"),
     ("--length-reward D", "invalid choice"), ("--value-clip -1", "at least 0"),
-    ("--updates-per-rollout 0", "at least 1"),
+    ("--updates-per-rollout 3", "divisible by"),
     ("--group-size 0", "at least 1"), ("--reward cosine", "--reward"),
 ])
 def test_bad_input_is_one_line_and_code_2(flags, message, tmp_path, capsys, monkeypatch):

@@ -20,16 +20,13 @@ from types import SimpleNamespace
 
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 from common.logprobs import micro_batches, response_logprobs  # noqa: E402
-from common.models import (  # noqa: E402
-    add_adapters,
-    load_tokenizer,
-    memory_estimate,
-)
+from common.models import load_tokenizer, memory_estimate  # noqa: E402
 from common.sampling import sample  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -190,7 +187,8 @@ def training(shape: dict, rows: int, length: int, flops: float, adapters: bool) 
     weights = sum(p.numel() for p in model.parameters())
     if adapters:
         model.requires_grad_(False)
-        model = add_adapters(model, 32)
+        config = LoraConfig(r=32, lora_alpha=64, target_modules="all-linear")
+        get_peft_model(model, config)  # changes the model in place
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     fused = True if DEVICE.type == "cuda" else None
@@ -201,7 +199,7 @@ def training(shape: dict, rows: int, length: int, flops: float, adapters: bool) 
         prompts=[PROMPT] * rows, tokens=tokens, mask=torch.ones(rows, answer, device=DEVICE),
         lengths=torch.full((rows,), answer, device=DEVICE))
     budget = 8192
-    say("| the printed estimate | " + memory_estimate(model, rows, length, budget) + " |")
+    say("| the printed estimate | " + memory_estimate(model, budget) + " |")
 
     def step():
         for part in micro_batches(rollout, torch.arange(rows, device=DEVICE), budget):
