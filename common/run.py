@@ -56,7 +56,7 @@ class Run:
         self.summary = {}
         self.rows = []     # of metrics.jsonl
         self.answers = []  # of rollouts.jsonl
-        self.tensors = []  # of the checkpoint to go on from
+        self.tensors = []  # of the checkpoint to resume from
         self.warned = set()
         args.output = args.resume or args.output
         self.folder = pathlib.Path(args.output or f"runs/{name}")
@@ -108,7 +108,7 @@ class Run:
             raise BadInput(f"{place}: cannot be resumed from ({type(error).__name__})") from error
 
     def check_and_print(self):
-        """Checks the model on the first prompt, prints that, model, data, memory."""
+        """Checks the model on the first prompt, prints model, data, that prompt, memory."""
         prompt = self.encode(self.train[:1])[0]
         check_model(self.model, self.tokenizer, prompt)
         end = end_of_turn(self.tokenizer)
@@ -134,6 +134,7 @@ class Run:
         args.output = everyone(args.output)[0]
         self.folder = pathlib.Path(args.output)
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.config["device"] = str(self.model.device)
         self.write("config.json", json.dumps(self.config, indent=1))
 
     def begin(self, optimizer, *others):
@@ -295,8 +296,7 @@ class Run:
             print(f"change: {gain:+.3f} ± {error:.3f}, paired by problem")
         self.write("summary.json", json.dumps(self.summary, indent=1))
         self.write("model/README.md", model_card(self))
-        print(f"model: {self.folder}/model; to look: python -m analysis.rollouts {self.folder}, "
-              f"python -m analysis.plot {self.folder}")
+        print(f"model: {self.folder}/model   figure: python -m analysis.plot {self.folder}")
         return result
 
 

@@ -90,7 +90,7 @@ def test_what_a_run_prints_and_leaves(script, tmp_path, capsys):
             "standard_error_after"} <= summary_of(tmp_path / "run").keys()
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["script"] == script.__name__ and config["flags"]["max_new_tokens"] == 32
-    assert len(config["data_hash"]) == 16
+    assert config["device"] == "cpu" and len(config["data_hash"]) == 16
     assert len(config["commit"]) == 40 or "git" in config["commit"]  # or why there is none
     card = (tmp_path / "run" / "model" / "README.md").read_text()
     assert "base_model: tiny" in card and f"trained by {script.__name__}.py" in card
