@@ -109,7 +109,7 @@ class Cache(DynamicCache):
 
 
 @torch.no_grad()
-def decode(lm, rollout, running, n, noise, stop, temperature, top_p):
+def decode(model, rollout, running, n, noise, stop, temperature, top_p):
     """Fills in the rows `running` (R,) of a rollout of n answers per prompt, until all have
     stopped; noise (B, T) in [0, 1), stop: token ids.
 
@@ -124,8 +124,8 @@ def decode(lm, rollout, running, n, noise, stop, temperature, top_p):
         padding_side="left")                                             # (P, S)
     visible = (ids >= 0).long()                                          # (P, S)
     position = visible.cumsum(1) - 1                                     # (P, S)
-    cache = Cache(config=lm.config)
-    output = lm(ids.clamp(min=0), visible, position, cache, logits_to_keep=1)
+    cache = Cache(config=model.config)
+    output = model(ids.clamp(min=0), visible, position, cache, logits_to_keep=1)
     logits = output.logits[owner, -1]                                    # (R, V)
     cache.batch_select_indices(owner)
     visible = visible[owner]                                             # (R, S)
@@ -150,7 +150,7 @@ def decode(lm, rollout, running, n, noise, stop, temperature, top_p):
         stopped = torch.isin(token, stop)                                # (R,)
         rollout.finished[running] = stopped
         if stopped.any():
-            going_on = (~stopped).nonzero()[:, 0]
+            going_on = (~stopped).nonzero()[:, 0]                        # numbers of rows
             running = running[going_on]
             token = token[going_on]
             visible = visible[going_on]
@@ -159,7 +159,7 @@ def decode(lm, rollout, running, n, noise, stop, temperature, top_p):
             break
         visible = F.pad(visible, (0, 1), value=1)                        # (R, S)
         position = visible.sum(1, keepdim=True) - 1                      # (R, 1)
-        output = lm(token[:, None], visible, position, cache)
+        output = model(token[:, None], visible, position, cache)
         logits = output.logits[:, -1]                                    # (R, V)
 
 

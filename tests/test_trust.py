@@ -270,6 +270,23 @@ def test_all_that_was_logged_is_in_the_checkpoint(cut, whole):
     assert_same_run(whole, cut)
 
 
+def test_logs_come_back_where_no_step_follows(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    (tmp_path / "run" / "rollouts.jsonl").write_text("half a li")
+    grpo.main(["--resume", str(tmp_path / "run")])
+    assert_same_run(whole, tmp_path / "run")
+
+
+def test_the_first_command_stays(cut):
+    """What began a run stands in config.json, with the flags in force."""
+    began = json.loads((cut / "config.json").read_text())
+    grpo.main(["--resume", str(cut), "--steps", "4"])
+    config = json.loads((cut / "config.json").read_text())
+    assert config["command"] == began["command"] and config["commit"] == began["commit"]
+    assert config["flags"]["steps"] == 4
+
+
 def test_output_that_is_a_file(tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
     fails(capsys, lambda: grpo.main(["--output", str(tmp_path / "file"), "--steps", "1"]), "file")
