@@ -24,8 +24,7 @@ Deviations from the paper, and why:
    its tokens stay in the loss.
 6. No dual clip (its code: at 10), which with few updates never acts; no KL, as in the paper.
 
-Axes: B answers, P problems, G answers per problem, T answer tokens; b a micro-batch's share of B;
-L blocks.
+Axes: B answers (b in a micro-batch), P problems, G answers per problem, T answer tokens, L blocks.
 """
 import math
 from dataclasses import dataclass

@@ -22,8 +22,7 @@ Deviations from the paper, and why:
 5. The problem is drawn from --data; the paper takes the one of most varying correctness: --select.
 6. Accuracy is at temperature 1; the code's is greedy: common.evaluate --temperature 0.
 
-Axes: B answers, T tokens, N tokens of all rows, D width, V vocabulary; b a micro-batch's share of
-B; P problems, K answers to each.
+Axes: B answers (b in a micro-batch), P problems, K each, T tokens, N of all, D width, V vocabulary.
 """
 import math
 from dataclasses import dataclass

@@ -21,7 +21,7 @@ Deviations from the paper, and why:
    does not go through the model.
 
 RLOO, REINFORCE++ and Dr. GRPO differ in the advantage alone (--advantage).
-Axes: B answers, P problems, G answers per problem, T answer tokens; b a micro-batch's share of B.
+Axes: B answers (b in a micro-batch), P problems, G answers per problem, T answer tokens.
 """
 import math
 from dataclasses import dataclass
@@ -207,7 +207,7 @@ def main(argv=None):
                 old = logp.detach() if old_logp is None else old_logp[part]            # (b, T)
                 divisor = token_denominator(
                     args.aggregation, batch.lengths, num_answers, num_tokens,
-                    args.max_new_tokens)                                               # or (b, 1)
+                    args.max_new_tokens)                                # a number or (b, 1)
                 loss, metrics = grpo_loss(
                     logp, old, advantages[part], mask[part],
                     args.clip_low, args.clip_high, args.dual_clip, divisor)

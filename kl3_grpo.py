@@ -23,7 +23,7 @@ What is not known of the paper, and what stands here:
 5. Its truncated answers. One cut off at --max-new-tokens is wrong, whatever it says: its reward is
    0, and its tokens stay in the loss.
 
-Axes: B answers, P problems, G answers per problem, T answer tokens; b a micro-batch's share of B.
+Axes: B answers (b in a micro-batch), P problems, G answers per problem, T answer tokens.
 """
 import math
 from dataclasses import dataclass

@@ -17,7 +17,7 @@ Deviations from the paper, and why:
    context is dropped, not cut. In evaluation an answer that is cut off is wrong.
 4. Their counter of reflection words is not published; ours counts answers with the whole word.
 
-Axes: B traces, T answer tokens, V vocabulary; b a micro-batch's share of B.
+Axes: B traces (b in a micro-batch), T answer tokens, V vocabulary.
 """
 import gc
 import json
@@ -152,7 +152,7 @@ def pairs_of(rows):
     return pairs
 
 
-def use_stop_token(tokenizer, lm):
+def use_stop_token(tokenizer, model):
     """What ends an assistant's turn in the chat template becomes the eos token -> all stop tokens.
 
     BadInput if there is neither.
@@ -163,8 +163,8 @@ def use_stop_token(tokenizer, lm):
     if tokenizer.eos_token_id is None:
         raise BadInput("the tokenizer has no eos token, so answers would have no end: name one in "
                        "its tokenizer_config.json")
-    stops = stop_ids(lm, tokenizer)
-    lm.generation_config.eos_token_id = stops
+    stops = stop_ids(model, tokenizer)
+    model.generation_config.eos_token_id = stops
     return stops
 
 

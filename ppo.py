@@ -23,8 +23,7 @@ Deviations from the paper, and why:
    to 2 per rollout (paper: 0.2), as its few rollouts cover rewards from -10 to 2.
 6. The KL is split over both rewards and not clipped with them, as in the authors' code.
 
-Axes: B answers, P problems, G answers per problem, T answer tokens, M rewards, N answer tokens of
-all rows, D width; b a micro-batch's share of B.
+Axes: B answers (b in a micro-batch), P problems, T tokens, N of all rows, M rewards, D width.
 """
 import math
 from dataclasses import dataclass

@@ -11,7 +11,7 @@ a stream is with what it says, so beside each number stands its control: the sam
 the final norm (the logit lens), and its size.
 
 A token costs 12 L * 2 D V FLOPs, far more than the blocks themselves: --tokens pools some.
-Axes: B answers, S prompt and answer tokens, N tokens in a row, L blocks, V vocabulary, D width.
+Axes: B answers, S prompt and answer tokens, N tokens of all rows, L blocks, V vocabulary, D width.
 """
 import argparse
 import copy

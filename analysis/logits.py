@@ -8,7 +8,7 @@ right and raises their skewness, and that reinforcement learning lowers it. Its 
 model's own answers and the 50 largest logits over temperature 0.6; here all models read the same
 answers, and all logits are counted, too.
 
-Axes: B answers, N answer tokens in a row, n a chunk of them, D width, V vocabulary, k kept logits.
+Axes: B answers, N of all rows, n a chunk of them, D width, V vocabulary, k kept logits.
 """
 import json
 import pathlib

@@ -36,8 +36,9 @@ def read_rows(name, split):
             from pyarrow import parquet
             with path.open("rb") as file:
                 rows = Dataset(parquet.read_table(file))
-        elif path.is_file():
-            raise ValueError("give a .jsonl, .json or .parquet file")
+        elif path.exists() or name.count("/") != 1:
+            raise ValueError("give arithmetic, a .jsonl, .json or .parquet file, or a hub id such "
+                             "as openai/gsm8k:main")
         else:
             from datasets import load_dataset
             hub_id, config, own_split = (name.split(":") + ["", ""])[:3]

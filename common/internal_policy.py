@@ -2,8 +2,9 @@
 
 Block l = 1..L has the policy softmax(H^l E^T): the residual stream after the block, read by the
 unembedding E without the final norm (eq. 5). Attention and FFN are read in the same way, from what
-they add to the stream (eq. 6). Axes: B rows, S tokens, N tokens of all rows, D width, V vocabulary,
-L blocks.
+they add to the stream (eq. 6).
+
+Axes: B rows, S tokens, N tokens of all rows, D width, V vocabulary, L blocks.
 """
 import copy
 

@@ -2,8 +2,8 @@
 
     logp = response_logprobs(model, rollout)            # (B, T), nats, 0 outside the answers
 
-Axes: B answers, T answer tokens, S prompt and answer tokens, N answer tokens of all rows, D width,
-V vocabulary. Rows are padded on the right, where a causal model never looks, so no attention mask
+Axes: B answers, T answer tokens, N of all rows, S prompt and answer tokens, D width, V vocabulary.
+Rows are padded on the right, where a causal model never looks, so no attention mask
 is needed. Only the states that predict answer tokens meet the vocabulary, a chunk at a time.
 """
 import torch
@@ -99,7 +99,7 @@ def micro_batches(rollout, rows, budget):
 
 def largest_gap(logp, rollout):
     """The largest difference of the trainer's log-probs (B, T) from the sampler's, nats."""
-    gaps = (logp - rollout.logp).abs() * rollout.mask                  # (B, T)
+    gaps = (logp - rollout.logp).abs() * rollout.mask                           # (B, T)
     return gaps.max().item() if gaps.numel() else 0.0
 
 

@@ -24,11 +24,13 @@ SMALL = 256  # hidden size up to which a model is of the embedded one's kind
 
 
 def model_path(name):
-    """`tiny`, a run's folder or a model's -> its path; other names are hub ids. BadInput for a
-    folder of adapters."""
+    """`tiny`, a run's folder or a model's -> its path; owner/model is a hub id. BadInput for other
+    names and for a folder of adapters."""
     folder = TINY if name == "tiny" else pathlib.Path(name)
     if (folder / "model").is_dir():
         folder = folder / "model"
+    if not folder.exists() and name.count("/") != 1:
+        raise BadInput(f"no model in {name!r}: give tiny, a folder, or a hub id: owner/model")
     if (folder / "adapter_config.json").is_file():
         raise BadInput(f"--model {name}: adapters alone; --merge writes a whole model, or give its "
                        "folder merged/")

@@ -3,8 +3,8 @@
     rollout = sample(model, tokenizer, prompts, n=16, max_new_tokens=80)   # prompts: token ids
     rollout.tokens, rollout.mask, rollout.logp, rollout.texts, rollout.finished
 
-Axes: P prompts, B = P * n answers (row p * n + g is answer g to prompt p), R rows that are still
-running, S prompt and answer tokens, T answer tokens, V vocabulary.
+Axes: P prompts, B = P * n answers, R still running, T answer tokens, S with prompt, V vocabulary.
+Row p * n + g is answer g to prompt p.
 
 Each token of each answer has a random number of its own, so up to rounding an answer depends on
 (seed, row), n, max_new_tokens and the model alone: not on which rows are decoded together, nor on

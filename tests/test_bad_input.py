@@ -56,6 +56,7 @@ TABLE = [
     (EVALUATE, "--top-p 0", "must be at least 0.01 and at most 1"),
     # models
     (SOME, "--model ./missing", "cannot load model './missing' (no folder of this name"),
+    (SOME, "--model nosuch", "no model in 'nosuch'"),
     (SOME, "--model empty", "cannot load model 'empty'"),           # a folder without a model
     (SOME, "--model nobody/nothing", "cannot load model 'nobody/nothing'"),      # a hub id, offline
     (SOME, "--model notjson", "cannot load model 'notjson'"),       # config.json is not JSON

@@ -107,8 +107,8 @@ def test_other_line_ends_are_text(tmp_path):
      "no column is named problem or question or prompt or query; the data has text, label"),
     ("answer.jsonl", b'{"problem": "a", "label": "b"}', "no column is named answer or "),
     ("gold.jsonl", b'{"problem": "a", "answer": ""}', "usable answer"),
-    ("nonsense", None, "nonsense"),
-    ("rows.csv", b"problem,answer\n", "rows.csv"),
+    ("nonsense", None, "hub id"),
+    ("rows.csv", b"problem,answer\n", "hub id"),
 ])
 def test_bad_data(name, content, message, tmp_path):
     path = tmp_path / name
